@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks: every message names the argument, the rule and what was given."""
+
+from collections.abc import Callable, Iterable
+from numbers import Real
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}."
+        )
+
+
+def check_int(name: str, value: Any, minimum: int, *, traceable: bool = False) -> None:
+    """Raise unless ``value`` is an int, at least ``minimum``.
+
+    With ``traceable``, an integer array passes unchecked, because
+    ``optax.inject_hyperparams`` turns every int into one.
+    """
+    if traceable and _is_scalar_array(value, jnp.integer):
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be >= {minimum}, got {value}.")
+
+
+def check_float(
+    name: str,
+    value: Any,
+    minimum: float,
+    below: float = float("inf"),
+    *,
+    exclusive: bool = False,
+) -> None:
+    """Raise unless a Python number lies in ``[minimum, below)``.
+
+    With ``exclusive``, the minimum itself is out of range. Scalar arrays pass
+    unchecked, so that hyperparameters stay traceable.
+    """
+    if isinstance(value, bool) or not (
+        isinstance(value, Real) or _is_scalar_array(value, jnp.number)
+    ):
+        raise TypeError(f"{name} must be a number or a scalar array, got {value!r}.")
+    if isinstance(value, Real):
+        number = float(value)
+        above = number > minimum if exclusive else number >= minimum
+        if not (above and number < below):
+            opening = "(" if exclusive else "["
+            raise ValueError(
+                f"{name} must lie in {opening}{minimum:g}, {below:g}), got {value}."
+            )
+
+
+def check_float_dtype(name: str, dtype: Any) -> Any:
+    """Return ``dtype`` in the precision that is enabled; raise unless a float."""
+    if dtype is None:
+        return None
+    try:
+        kind = jnp.dtype(dtype)
+    except TypeError:
+        kind = None
+    if kind is None or not jnp.issubdtype(kind, jnp.floating):
+        raise TypeError(
+            f"{name} must be None or a floating-point dtype, got {dtype!r}."
+        )
+    return jax.dtypes.canonicalize_dtype(kind)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+
+
+def check_callable(name: str, value: Any, signature: str) -> None:
+    """Raise TypeError unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be a callable {signature}, got {value!r}.")
+
+
+def check_real(name: str, tree: optax.Params) -> None:
+    """Raise TypeError if a leaf is complex, naming its path."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if jnp.issubdtype(_dtype(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} has dtype {_dtype(leaf)}: the"
+                " Hessian's diagonal is defined for real parameters only. Wrap the"
+                " optimizer in optax.contrib.split_real_and_imaginary."
+            )
+
+
+def check_like(name: str, tree: Any, params: optax.Params) -> None:
+    """Raise ValueError unless ``tree`` has the structure and shapes of ``params``."""
+    got: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(params)
+    if got != expected:
+        raise ValueError(
+            f"{name} must have the same tree structure as params."
+            f"{_first_difference(tree, params)} Got {got}, where params has"
+            f" {expected}. Inside optax.masked or"
+            " optax.partition, pass mask_compatible_extra_args=True to the wrapper."
+        )
+    leaves = jax.tree.leaves(tree)
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(params), leaves, strict=True
+    ):
+        if jnp.shape(other) != jnp.shape(leaf):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} must have the shape of the"
+                f" parameter, {jnp.shape(leaf)}, got {jnp.shape(other)}."
+            )
+
+
+def scalar_function(
+    name: str, fun: Callable[[optax.Params], jax.Array]
+) -> Callable[[optax.Params], jax.Array]:
+    """Return ``fun`` with a check that its output is one floating-point scalar."""
+
+    def checked(params: optax.Params) -> jax.Array:
+        value: Any = fun(params)
+        if isinstance(value, tuple | list | dict) or not hasattr(value, "dtype"):
+            raise TypeError(
+                f"{name} must return one scalar array, the loss, got a"
+                f" {type(value).__name__}. If it also returns auxiliary values, drop"
+                f" them: {name}=lambda params: loss_fn(params, batch)[0]."
+            )
+        if jnp.shape(value) != ():
+            raise TypeError(
+                f"{name} must return a scalar, got an array of shape"
+                f" {jnp.shape(value)}. Reduce the losses of the examples first, with"
+                " jnp.mean for example."
+            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must return a real floating-point loss, got dtype"
+                f" {value.dtype}."
+            )
+        return value
+
+    return checked
+
+
+def is_differentiable(leaf: Any) -> bool:
+    """Whether a leaf is real floating point; others are kept as they are."""
+    return bool(jnp.issubdtype(_dtype(leaf), jnp.floating))
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def _is_scalar_array(value: Any, kind: Any) -> bool:
+    return (
+        hasattr(value, "dtype")
+        and jnp.shape(value) == ()
+        and bool(jnp.issubdtype(value.dtype, kind))
+    )
+
+
+def _first_difference(tree: Any, params: optax.Params) -> str:
+    paths, others = (
+        [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)]
+        for t in (params, tree)
+    )
+    for path in paths:
+        if path not in others:
+            return f" The leaf {path} is missing."
+    for path in others:
+        if path not in paths:
+            return f" The leaf {path} is not a parameter."
+    return ""

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Estimators of the Hessian's diagonal, in the form of optax transformations."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adahessian_jax.checks import (
+    check_choice,
+    check_int,
+    check_real,
+    is_differentiable,
+    scalar_function,
+)
+from adahessian_jax.control_variates import ControlVariate
+from adahessian_jax.hvp import check_mode, hvp
+from adahessian_jax.probes import normal_like, rademacher_like
+
+Probe = Callable[[jax.Array, optax.Params], optax.Params]
+
+_PROBES: dict[str, Probe] = {"rademacher": rademacher_like, "normal": normal_like}
+
+
+class HutchinsonState(NamedTuple):
+    """State of Hutchinson's estimator."""
+
+    key: jax.Array  # the PRNG key that the next update splits
+    control_variate: Any  # state of the control variate, () without one
+
+
+def hutchinson(
+    n_samples: int = 1,
+    *,
+    probe: str | Probe = "rademacher",
+    mode: str = "forward-over-reverse",
+    control_variate: ControlVariate | None = None,
+    seed: int | jax.Array = 0,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Estimate the Hessian's diagonal by Hutchinson's method.
+
+    .. math::
+      d = \frac{1}{n} \sum_{s=1}^{n} z_s \odot H z_s,
+      \qquad \mathrm{E}\, z_s z_s^\top = I
+
+    where :math:`n` is ``n_samples`` and the probes :math:`z_s` are independent.
+    The estimate is unbiased. Its variance is :math:`\frac{1}{n} \sum_{j \neq i}
+    H_{ij}^2` with Rademacher probes, that is exact if H is diagonal; Gaussian probes
+    add :math:`\frac{2}{n} H_{ii}^2`. On a neural network the off-diagonal row norm is
+    many times :math:`|H_{ii}|`, so one sample has a relative error of 4 to 12: the
+    root mean square of such estimates, which AdaHessian divides by, is an estimate of
+    the Hessian's *row norms* :math:`(\sum_j H_{ij}^2)^{1/2}` rather than of its
+    diagonal. A less noisy estimate is a smaller denominator: lower the learning rate.
+
+    The result is an ``optax.GradientTransformationExtraArgs`` whose ``update`` returns
+    the diagonal in place of the updates, so it serves as ``estimator`` of
+    :func:`adahessian_jax.scale_by_adahessian` and as ``hessian_diagonal_fn`` of
+    ``optax.contrib.sophia``. Each sample costs one Hessian-vector product, about two
+    gradients in time (its forward pass is shared with a gradient computed in the same
+    ``jit``), and the memory of a second set of activations.
+
+    Args:
+      n_samples: how many probes are averaged, at least 1.
+      probe: ``"rademacher"``, ``"normal"``, or a function ``(key, params) -> probes``
+        with uncorrelated entries of mean 0 and variance 1.
+      mode: how to differentiate twice, see :func:`adahessian_jax.hvp`.
+      control_variate: what is known of the Hessian beforehand, for example
+        :func:`adahessian_jax.ema_control`.
+      seed: an int or a PRNG key, typed or raw, from which all probes follow.
+      axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
+        is split. Each device then draws probes of its own and the estimates are
+        averaged over the axis, which has a smaller variance than the same probe on
+        all devices.
+
+    Returns:
+      A transformation. ``update(updates, state, params, obj_fn=f)`` ignores the
+      updates and returns the estimate for ``f`` at ``params``, of the structure,
+      shapes and dtypes of ``params``, and the new state.
+
+    Raises:
+      ValueError: if ``n_samples`` < 1 or ``probe`` or ``mode`` is unknown; at update,
+        if ``params`` or ``obj_fn`` is missing.
+      TypeError: if an argument is of the wrong type, or ``obj_fn`` does not return a
+        real scalar, or a parameter is complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> params = jnp.array([1.0, 2.0])
+      >>> estimator = ah.hutchinson(seed=1)
+      >>> state = estimator.init(params)
+      >>> diag, state = estimator.update(
+      ...   None, state, params, obj_fn=lambda w: jnp.sum(w**3))  # H = diag(6 w)
+      >>> diag.tolist()
+      [6.0, 12.0]
+
+    References:
+      Bekas, Kokiopoulou and Saad, `An estimator for the diagonal of a matrix
+      <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007, equation 3
+
+      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
+      <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.1
+    """
+    check_int("n_samples", n_samples, 1)
+    check_mode(mode)
+    if isinstance(probe, str):
+        check_choice("probe", probe, _PROBES)
+        draw = _PROBES[probe]
+    elif callable(probe):
+        draw = probe
+    else:
+        raise TypeError(
+            "probe must be 'rademacher', 'normal' or a callable (key, params) ->"
+            f" probes, got {probe!r}."
+        )
+    if not isinstance(control_variate, ControlVariate | None):
+        raise TypeError(
+            "control_variate must be None or a ControlVariate, as ema_control()"
+            f" returns, got {control_variate!r}."
+        )
+    check_seed(seed)
+
+    def init_fn(params: optax.Params) -> HutchinsonState:
+        check_real("params", params)
+        return HutchinsonState(
+            key=as_key(seed),
+            control_variate=control_variate.init(params) if control_variate else (),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: HutchinsonState,
+        params: optax.Params | None = None,
+        *,
+        obj_fn: Callable[[optax.Params], jax.Array] | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, HutchinsonState]:
+        del updates
+        if params is None:
+            raise ValueError(_NEEDS_PARAMS)
+        if obj_fn is None:
+            raise ValueError(_NEEDS_OBJ_FN)
+        if not callable(obj_fn):
+            raise TypeError(
+                f"obj_fn must be a callable params -> loss, got {obj_fn!r}."
+            )
+        objective = scalar_function("obj_fn", obj_fn)
+        key, subkey = jax.random.split(state.key)
+        if axis_name is not None:
+            subkey = jax.random.fold_in(subkey, _axis_index(axis_name))
+        cv_state = state.control_variate
+        samples = []
+        for sample_key in jax.random.split(subkey, n_samples):
+            z = draw(sample_key, params)
+            y = hvp(objective, params, z, mode=mode)
+            if control_variate is None:
+                d = jax.tree.map(_product, z, y)
+            else:
+                d, cv_state = control_variate.correct(cv_state, z, y, **extra_args)
+            samples.append(d)
+        diag = jax.tree.map(_mean, *samples)
+        if axis_name is not None:
+            diag = _average_over_axis(diag, axis_name)
+        return diag, HutchinsonState(key=key, control_variate=cv_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_seed(seed: Any) -> None:
+    """Raise TypeError unless ``seed`` is an int or a PRNG key."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return
+    if isinstance(seed, jax.Array):
+        typed = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ()
+        if typed or (seed.dtype == jnp.uint32 and seed.ndim == 1):
+            return
+    raise TypeError(
+        "seed must be an int or one PRNG key, from jax.random.key(0) for example,"
+        f" got {seed!r}."
+    )
+
+
+def as_key(seed: int | jax.Array) -> jax.Array:
+    """Make a PRNG key of an int; return a key as it is.
+
+    The key made is a raw one: it lives in the optimizer's state, and raw keys pass
+    through every checkpoint format.
+    """
+    return jax.random.PRNGKey(seed) if isinstance(seed, int) else jnp.copy(seed)
+
+
+def _product(z: jax.Array, y: jax.Array) -> jax.Array:
+    return z * y if is_differentiable(z) else y
+
+
+def _mean(*samples: jax.Array) -> jax.Array:
+    if len(samples) == 1 or not is_differentiable(samples[0]):
+        return samples[0]
+    return jnp.mean(jnp.stack(samples), axis=0)
+
+
+def _axis_index(axis_name: str | tuple[str, ...]) -> jax.Array:
+    try:
+        return jax.lax.axis_index(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here: call update inside jax.pmap,"
+            " jax.shard_map or jax.vmap with that axis name, or leave axis_name out."
+        ) from None
+
+
+def _average_over_axis(
+    diag: optax.Updates, axis_name: str | tuple[str, ...]
+) -> optax.Updates:
+    return jax.tree.map(
+        lambda d: jax.lax.pmean(d, axis_name) if is_differentiable(d) else d, diag
+    )
+
+
+_NEEDS_PARAMS = (
+    "params must be given: the Hessian is estimated at the parameters. Call"
+    " tx.update(grads, state, params, obj_fn=...)."
+)
+_NEEDS_OBJ_FN = (
+    "hutchinson needs the objective, to differentiate it twice, and got no obj_fn."
+    " Either pass it: tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p,"
+    " batch)). Or pass an estimate of your own to the optimizer: tx.update(grads,"
+    " state, params, hessian_diag=diag)."
+)

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaHessian as a gradient transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adahessian_jax.averaging import AveragingRule
+from adahessian_jax.checks import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_float,
+    check_float_dtype,
+    check_int,
+    check_like,
+    check_real,
+    is_differentiable,
+)
+from adahessian_jax.control_variates import HessianEMA
+from adahessian_jax.estimators import hutchinson
+
+
+class ScaleByAdaHessianState(NamedTuple):
+    """State of the AdaHessian transformation."""
+
+    # How many updates there were, shape (), int32; hides tuple.count.
+    count: jax.Array  # type: ignore[assignment]
+    refreshes: jax.Array  # number of estimates so far, shape (), int32
+    mu: optax.Updates  # EMA of the gradient
+    nu: optax.Updates  # EMA of the curvature, at the size that averaging leaves
+    hessian_diag: optax.Updates | None  # the last estimate, where it is used again
+    estimator_state: optax.OptState
+
+
+def scale_by_adahessian(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    *,
+    hessian_power: jax.typing.ArrayLike = 1.0,
+    hessian_ema: str = "rms",
+    estimator: optax.GradientTransformation | None = None,
+    update_interval: int | jax.Array = 1,
+    initial_refreshes: int | jax.Array = 0,
+    reuse_estimate: bool = True,
+    averaging: AveragingRule | None = None,
+    relative_damping: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    nu_dtype: jax.typing.DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale updates by a moving average of the Hessian's diagonal.
+
+    This is :func:`adahessian_jax.adahessian`, which see for the formula and all
+    arguments, without weight decay and learning rate.
+
+    Args:
+      b1: decay rate of the moving average of the gradient, in [0, 1).
+      b2: decay rate of the moving average of the curvature, in [0, 1).
+      eps: added to the denominator, at least 0.
+      hessian_power: exponent of the curvature in the denominator, above 0.
+      hessian_ema: ``"rms"`` or ``"mean"``.
+      estimator: a transformation whose update returns the Hessian's diagonal;
+        ``hutchinson()`` by default.
+      update_interval: estimate on every so many-th update, at least 1.
+      initial_refreshes: before that, estimate on each of so many first updates.
+      reuse_estimate: let the last estimate enter the average in between as well.
+      averaging: a rule ``(path, leaf) -> leaf`` applied to the estimate.
+      relative_damping: multiple of each tensor's mean curvature added to its curvature,
+        at least 0.
+      mu_dtype: dtype in which ``mu`` is kept; by default that of the parameter.
+      nu_dtype: dtype in which ``nu`` is kept; by default that of the parameter.
+
+    Returns:
+      A transformation, with a :class:`ScaleByAdaHessianState`. Its ``update`` takes
+      ``obj_fn`` or whatever the estimator needs, or ``hessian_diag``, and returns
+      updates of the structure, shapes and dtypes of the incoming ones; parameters that
+      are not floating point get an update of zero.
+
+    Raises:
+      ValueError: if an argument is out of range; at update, if ``params`` is missing
+        or an estimate does not match it.
+      TypeError: if an argument is of the wrong type, or a parameter is complex.
+
+    Examples:
+      >>> import jax, optax, jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> def loss(w): return jnp.sum(jnp.array([1.0, 100.0]) * w**2)
+      >>> tx = optax.chain(ah.scale_by_adahessian(), optax.scale(-1.0))
+      >>> w = jnp.array([1.0, 1.0])
+      >>> state = tx.init(w)
+      >>> updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
+      >>> optax.apply_updates(w, updates).round(4).tolist()
+      [0.0, 0.0]
+
+    References:
+      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
+      <https://arxiv.org/abs/2006.00719>`_, 2021, algorithm 1
+    """
+    check_float("b1", b1, 0.0, 1.0)
+    check_float("b2", b2, 0.0, 1.0)
+    check_float("eps", eps, 0.0)
+    check_float("hessian_power", hessian_power, 0.0, exclusive=True)
+    check_choice("hessian_ema", hessian_ema, ("rms", "mean"))
+    check_int("update_interval", update_interval, 1, traceable=True)
+    check_int("initial_refreshes", initial_refreshes, 0, traceable=True)
+    check_flag("reuse_estimate", reuse_estimate)
+    check_float("relative_damping", relative_damping, 0.0)
+    if averaging is not None:
+        check_callable("averaging", averaging, "(path, leaf) -> leaf")
+    mu_dtype = check_float_dtype("mu_dtype", mu_dtype)
+    nu_dtype = check_float_dtype("nu_dtype", nu_dtype)
+    estimator = _with_extra_args(hutchinson() if estimator is None else estimator)
+    always = isinstance(update_interval, int) and update_interval == 1
+    keep_estimate = reuse_estimate and not always
+    order = 2 if hessian_ema == "rms" else 1
+
+    def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
+        check_real("params", params)
+        nu = _zeros_like(_averaged_shapes(averaging, params), nu_dtype)
+        return ScaleByAdaHessianState(
+            count=jnp.zeros([], jnp.int32),
+            refreshes=jnp.zeros([], jnp.int32),
+            mu=_zeros_like(params, mu_dtype),
+            nu=nu,
+            hessian_diag=_zeros_like(nu) if keep_estimate else None,
+            estimator_state=estimator.init(params),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByAdaHessianState,
+        params: optax.Params | None = None,
+        *,
+        hessian_diag: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
+        if params is None:
+            raise ValueError(
+                "params must be given: the curvature is estimated at the parameters."
+                " Call tx.update(grads, state, params, obj_fn=...)."
+            )
+        check_like("updates", updates, params)
+        if hessian_ema == "mean":
+            seen = state.count if reuse_estimate else state.refreshes
+            extra_args["hessian_ema"] = HessianEMA(state.nu, b2, seen)
+
+        def estimate(estimator_state: Any) -> tuple[optax.Updates, Any]:
+            if hessian_diag is None:
+                diag, estimator_state = estimator.update(
+                    updates, estimator_state, params, **extra_args
+                )
+                check_like("the estimator's diagonal", diag, params)
+            else:
+                diag = hessian_diag
+                check_like("hessian_diag", diag, params)
+            return _cast_like(_average(averaging, diag), state.nu), estimator_state
+
+        def accumulate(diag: optax.Updates) -> optax.Updates:
+            nu = jax.tree.map(lambda d, v: _ema(b2, d, v, order), diag, state.nu)
+            return _cast_like(nu, state.nu)
+
+        def fresh(estimator_state: Any) -> tuple[optax.Updates, Any]:
+            diag, estimator_state = estimate(estimator_state)
+            return diag if keep_estimate else accumulate(diag), estimator_state
+
+        def kept(estimator_state: Any) -> tuple[optax.Updates, Any]:
+            return state.hessian_diag if keep_estimate else state.nu, estimator_state
+
+        if always:
+            refresh = jnp.array(True)
+            curvature, estimator_state = fresh(state.estimator_state)
+        else:
+            due = state.count % update_interval == 0
+            refresh = due | (state.count < initial_refreshes)
+            curvature, estimator_state = jax.lax.cond(
+                refresh, fresh, kept, state.estimator_state
+            )
+        nu = accumulate(curvature) if keep_estimate else curvature
+        mu = jax.tree.map(lambda g, m: _ema(b1, g, m, 1), updates, state.mu)
+        count = optax.safe_increment(state.count)
+        refreshes = jnp.where(
+            refresh, optax.safe_increment(state.refreshes), state.refreshes
+        )
+        mu_scale = _debias(b1, count)
+        nu_scale = _debias(b2, count if reuse_estimate else refreshes)
+
+        def rescale(g: Any, p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+            if not is_differentiable(p):
+                return jnp.zeros_like(p)
+            m, v = (x.astype(_compute_dtype(m, v)) for x in (m, v))
+            v = v * nu_scale.astype(v.dtype)
+            h = jnp.sqrt(v) if hessian_ema == "rms" else jnp.abs(v)
+            if not _is_static(relative_damping, 0):
+                h = h + _as(relative_damping, h.dtype) * jnp.mean(h)
+            if not _is_static(hessian_power, 1):
+                h = h ** _as(hessian_power, h.dtype)
+            step = m * mu_scale.astype(m.dtype) / (h + _as(eps, h.dtype))
+            return step.astype(g.dtype)
+
+        return jax.tree.map(rescale, updates, params, mu, nu), ScaleByAdaHessianState(
+            count=count,
+            refreshes=refreshes,
+            mu=_cast_like(mu, state.mu),
+            nu=nu,
+            hessian_diag=curvature if keep_estimate else None,
+            estimator_state=estimator_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _with_extra_args(estimator: Any) -> optax.GradientTransformationExtraArgs:
+    if not isinstance(estimator, optax.GradientTransformation):
+        raise TypeError(
+            "estimator must be an optax.GradientTransformation, as hutchinson()"
+            f" returns, got {estimator!r}."
+        )
+    return optax.with_extra_args_support(estimator)
+
+
+def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> Any:
+    if averaging is None:
+        return params
+    return jax.eval_shape(lambda p: _average(averaging, p), params)
+
+
+def _average(averaging: AveragingRule | None, diag: optax.Updates) -> optax.Updates:
+    """Apply an averaging rule to the floating-point leaves of an estimate."""
+    if averaging is None:
+        return diag
+
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        if not is_differentiable(leaf):
+            return leaf
+        averaged = averaging(path, leaf)
+        shape = jnp.shape(averaged)
+        try:
+            fits = jnp.broadcast_shapes(shape, leaf.shape) == leaf.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                "averaging must return a leaf that broadcasts to the shape of the"
+                f" parameter, got {shape} for {jax.tree_util.keystr(path)} of shape"
+                f" {leaf.shape}."
+            )
+        return averaged
+
+    return jax.tree_util.tree_map_with_path(one, diag)
+
+
+def _zeros_like(tree: Any, dtype: Any = None) -> optax.Updates:
+    def zeros(x: Any) -> jax.Array:
+        own = dtype is None or not is_differentiable(x)
+        return jnp.zeros(jnp.shape(x), jnp.result_type(x) if own else dtype)
+
+    return jax.tree.map(zeros, tree)
+
+
+def _ema(
+    decay: jax.typing.ArrayLike, new: jax.Array, old: jax.Array, order: int
+) -> jax.Array:
+    """Move an average, in float32 or wider, so that half precision does not stall."""
+    if not is_differentiable(old):
+        return old
+    dtype = _compute_dtype(new, old)
+    decay = _as(decay, dtype)
+    new, old = new.astype(dtype), old.astype(dtype)
+    return (1 - decay) * new**order + decay * old
+
+
+def _debias(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+    """Return the factor that corrects an average of ``count`` terms begun at zero."""
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+    seen = 1 - jnp.asarray(decay, dtype) ** count.astype(dtype)
+    return 1 / seen
+
+
+def _compute_dtype(*leaves: jax.Array) -> Any:
+    dtype = jnp.float32
+    for leaf in leaves:
+        dtype = jnp.promote_types(dtype, leaf.dtype)
+    return dtype
+
+
+def _as(value: Any, dtype: Any) -> Any:
+    """Cast a hyperparameter that was traced; leave a Python number weakly typed."""
+    return value.astype(dtype) if hasattr(value, "astype") else value
+
+
+def _is_static(value: jax.typing.ArrayLike, number: float) -> bool:
+    return isinstance(value, int | float) and value == number
+
+
+def _cast_like(tree: optax.Updates, like: optax.Updates) -> optax.Updates:
+    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), tree, like)
