@@ -4,12 +4,12 @@
 from adahessian_jax.averaging import block_average as block_average
 from adahessian_jax.averaging import conv_spatial_average as conv_spatial_average
 from adahessian_jax.control_variates import ControlVariate as ControlVariate
-from adahessian_jax.control_variates import HessianEMA as HessianEMA
 from adahessian_jax.control_variates import ema_control as ema_control
 from adahessian_jax.estimators import HutchinsonState as HutchinsonState
 from adahessian_jax.estimators import hutchinson as hutchinson
 from adahessian_jax.hvp import hessian_diag as hessian_diag
 from adahessian_jax.hvp import hvp as hvp
+from adahessian_jax.moving_average import HessianEMA as HessianEMA
 from adahessian_jax.optimizers import adahessian as adahessian
 from adahessian_jax.probes import normal_like as normal_like
 from adahessian_jax.probes import rademacher_like as rademacher_like

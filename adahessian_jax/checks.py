@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.dtypes import dtype_of
+
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
@@ -90,9 +92,9 @@ def check_callable(name: str, value: Any, signature: str) -> None:
 def check_real(name: str, tree: optax.Params) -> None:
     """Raise TypeError if a leaf is complex, naming its path."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if jnp.issubdtype(_dtype(leaf), jnp.complexfloating):
+        if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
             raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} has dtype {_dtype(leaf)}: the"
+                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype_of(leaf)}: the"
                 " Hessian's diagonal is defined for real parameters only. Wrap the"
                 " optimizer in optax.contrib.split_real_and_imaginary."
             )
@@ -147,15 +149,6 @@ def scalar_function(
         return value
 
     return checked
-
-
-def is_differentiable(leaf: Any) -> bool:
-    """Whether a leaf is real floating point; others are kept as they are."""
-    return bool(jnp.issubdtype(_dtype(leaf), jnp.floating))
-
-
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def _is_scalar_array(value: Any, kind: Any) -> bool:

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adahessian_jax.checks import check_flag, is_differentiable
+from adahessian_jax.checks import check_flag
+from adahessian_jax.dtypes import is_differentiable
+from adahessian_jax.moving_average import HessianEMA, debias
 
 
 class ControlVariate(NamedTuple):
@@ -23,20 +25,6 @@ class ControlVariate(NamedTuple):
 
     init: Callable[[optax.Params], Any]
     correct: Callable[..., tuple[optax.Updates, Any]]
-
-
-class HessianEMA(NamedTuple):
-    """The optimizer's moving average of the Hessian's diagonal, as it hands it on.
-
-    Attributes:
-      value: the average, not bias-corrected; the structure of the parameters.
-      decay: its decay rate, ``b2``.
-      count: how many estimates have entered it.
-    """
-
-    value: optax.Updates
-    decay: jax.typing.ArrayLike
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
 
 
 def ema_control(*, unbiased: bool = True) -> ControlVariate:
@@ -99,8 +87,8 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
             )
         decay, count = hessian_ema.decay, hessian_ema.count
         if unbiased:
-            seen = jnp.maximum(1 - decay**count, jnp.finfo(jnp.float32).tiny)
-            scale = jnp.where(count > 0, 1 / seen, 0)
+            # Before the first estimate the average, zero, is as good as any.
+            scale = debias(decay, jnp.maximum(count, 1))
         else:
             scale = jnp.asarray(decay)
 

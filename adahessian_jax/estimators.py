@@ -12,10 +12,10 @@ from adahessian_jax.checks import (
     check_choice,
     check_int,
     check_real,
-    is_differentiable,
     scalar_function,
 )
 from adahessian_jax.control_variates import ControlVariate
+from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.hvp import check_mode, hvp
 from adahessian_jax.probes import normal_like, rademacher_like
 

@@ -13,9 +13,9 @@ from adahessian_jax.checks import (
     check_int,
     check_like,
     check_real,
-    is_differentiable,
     scalar_function,
 )
+from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 
 Floats = list[jax.Array]
 Gradient = Callable[[Floats], Floats]
@@ -137,7 +137,7 @@ def hessian_diag(
     if n == 0:
         return fixed
     gradient = _gradient(fun, rebuild)
-    widest = jnp.result_type(*[x.dtype for x in floats], jnp.float32)
+    widest = accumulation_dtype(*floats)
 
     def entry(index: jax.Array) -> jax.Array:
         basis = [
@@ -223,7 +223,7 @@ def _finite_difference(gradient: Gradient, x: Floats, v: Floats) -> Floats:
 
 
 def _norm(leaves: Floats) -> jax.Array:
-    widest = jnp.result_type(*[x.dtype for x in leaves], jnp.float32)
+    widest = accumulation_dtype(*leaves)
     return jnp.sqrt(
         sum(
             (jnp.sum(jnp.square(x.astype(widest))) for x in leaves),

@@ -8,7 +8,8 @@ import jax
 import optax
 
 from adahessian_jax.averaging import AveragingRule
-from adahessian_jax.checks import check_float, is_differentiable
+from adahessian_jax.checks import check_float
+from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.transform import scale_by_adahessian
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adahessian_jax.checks import is_differentiable
+from adahessian_jax.dtypes import is_differentiable
 
 _WORD = 32
 

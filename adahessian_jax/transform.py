@@ -17,10 +17,10 @@ from adahessian_jax.checks import (
     check_int,
     check_like,
     check_real,
-    is_differentiable,
 )
-from adahessian_jax.control_variates import HessianEMA
+from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.estimators import hutchinson
+from adahessian_jax.moving_average import HessianEMA, as_dtype, debias, ema
 
 
 class ScaleByAdaHessianState(NamedTuple):
@@ -159,7 +159,7 @@ def scale_by_adahessian(
             return _cast_like(_average(averaging, diag), state.nu), estimator_state
 
         def accumulate(diag: optax.Updates) -> optax.Updates:
-            nu = jax.tree.map(lambda d, v: _ema(b2, d, v, order), diag, state.nu)
+            nu = jax.tree.map(lambda d, v: ema(b2, d, v, order), diag, state.nu)
             return _cast_like(nu, state.nu)
 
         def fresh(estimator_state: Any) -> tuple[optax.Updates, Any]:
@@ -179,25 +179,25 @@ def scale_by_adahessian(
                 refresh, fresh, kept, state.estimator_state
             )
         nu = accumulate(curvature) if keep_estimate else curvature
-        mu = jax.tree.map(lambda g, m: _ema(b1, g, m, 1), updates, state.mu)
+        mu = jax.tree.map(lambda g, m: ema(b1, g, m, 1), updates, state.mu)
         count = optax.safe_increment(state.count)
         refreshes = jnp.where(
             refresh, optax.safe_increment(state.refreshes), state.refreshes
         )
-        mu_scale = _debias(b1, count)
-        nu_scale = _debias(b2, count if reuse_estimate else refreshes)
+        mu_scale = debias(b1, count)
+        nu_scale = debias(b2, count if reuse_estimate else refreshes)
 
         def rescale(g: Any, p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
             if not is_differentiable(p):
                 return jnp.zeros_like(p)
-            m, v = (x.astype(_compute_dtype(m, v)) for x in (m, v))
+            m, v = (x.astype(accumulation_dtype(m, v)) for x in (m, v))
             v = v * nu_scale.astype(v.dtype)
             h = jnp.sqrt(v) if hessian_ema == "rms" else jnp.abs(v)
             if not _is_static(relative_damping, 0):
-                h = h + _as(relative_damping, h.dtype) * jnp.mean(h)
+                h = h + as_dtype(relative_damping, h.dtype) * jnp.mean(h)
             if not _is_static(hessian_power, 1):
-                h = h ** _as(hessian_power, h.dtype)
-            step = m * mu_scale.astype(m.dtype) / (h + _as(eps, h.dtype))
+                h = h ** as_dtype(hessian_power, h.dtype)
+            step = m * mu_scale.astype(m.dtype) / (h + as_dtype(eps, h.dtype))
             return step.astype(g.dtype)
 
         return jax.tree.map(rescale, updates, params, mu, nu), ScaleByAdaHessianState(
@@ -258,37 +258,6 @@ def _zeros_like(tree: Any, dtype: Any = None) -> optax.Updates:
         return jnp.zeros(jnp.shape(x), jnp.result_type(x) if own else dtype)
 
     return jax.tree.map(zeros, tree)
-
-
-def _ema(
-    decay: jax.typing.ArrayLike, new: jax.Array, old: jax.Array, order: int
-) -> jax.Array:
-    """Move an average, in float32 or wider, so that half precision does not stall."""
-    if not is_differentiable(old):
-        return old
-    dtype = _compute_dtype(new, old)
-    decay = _as(decay, dtype)
-    new, old = new.astype(dtype), old.astype(dtype)
-    return (1 - decay) * new**order + decay * old
-
-
-def _debias(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
-    """Return the factor that corrects an average of ``count`` terms begun at zero."""
-    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
-    seen = 1 - jnp.asarray(decay, dtype) ** count.astype(dtype)
-    return 1 / seen
-
-
-def _compute_dtype(*leaves: jax.Array) -> Any:
-    dtype = jnp.float32
-    for leaf in leaves:
-        dtype = jnp.promote_types(dtype, leaf.dtype)
-    return dtype
-
-
-def _as(value: Any, dtype: Any) -> Any:
-    """Cast a hyperparameter that was traced; leave a Python number weakly typed."""
-    return value.astype(dtype) if hasattr(value, "astype") else value
 
 
 def _is_static(value: jax.typing.ArrayLike, number: float) -> bool:
