@@ -86,11 +86,9 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
                 " hessian_ema='mean'."
             )
         decay, count = hessian_ema.decay, hessian_ema.count
-        if unbiased:
-            # Before the first estimate the average, zero, is as good as any.
-            scale = debias(decay, jnp.maximum(count, 1))
-        else:
-            scale = jnp.asarray(decay)
+        # Before the first estimate the average is zero, and so is its correction.
+        corrected = debias(decay, jnp.maximum(count, 1))
+        scale = corrected if unbiased else jnp.asarray(decay)
 
         def one(z: jax.Array, y: jax.Array, ema: jax.Array) -> jax.Array:
             if not is_differentiable(z):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AdaHessian as a gradient transformation."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -224,7 +225,25 @@ def _with_extra_args(estimator: Any) -> optax.GradientTransformationExtraArgs:
 def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> Any:
     if averaging is None:
         return params
-    return jax.eval_shape(lambda p: _average(averaging, p), params)
+    untouched = []
+
+    def noting(path: Any, leaf: jax.Array) -> jax.Array:
+        averaged = averaging(path, leaf)
+        untouched.append(averaged is leaf)
+        return averaged
+
+    shapes = jax.eval_shape(lambda p: _average(noting, p), params)
+    if untouched and all(untouched):
+        paths = [
+            jax.tree_util.keystr(p)
+            for p, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        warnings.warn(
+            f"averaging applies to none of the parameters: {', '.join(paths)}. Tell the"
+            " rule which leaves are meant, with is_conv= for conv_spatial_average.",
+            stacklevel=3,
+        )
+    return shapes
 
 
 def _average(averaging: AveragingRule | None, diag: optax.Updates) -> optax.Updates:

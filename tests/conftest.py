@@ -1,4 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
+# Several CPU devices for the tests that map over devices; read when JAX starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
 import jax
 import pytest
 
