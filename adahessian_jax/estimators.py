@@ -11,6 +11,7 @@ import optax
 from adahessian_jax.checks import (
     check_choice,
     check_int,
+    check_like,
     check_real,
     scalar_function,
 )
@@ -122,6 +123,7 @@ def hutchinson(
             f" returns, got {control_variate!r}."
         )
     check_seed(seed)
+    check_axis_name(axis_name)
 
     def init_fn(params: optax.Params) -> HutchinsonState:
         check_real("params", params)
@@ -142,7 +144,7 @@ def hutchinson(
         if params is None:
             raise ValueError(_NEEDS_PARAMS)
         if obj_fn is None:
-            raise ValueError(_NEEDS_OBJ_FN)
+            raise ValueError(_needs_obj_fn(extra_args.keys() - {"hessian_ema"}))
         if not callable(obj_fn):
             raise TypeError(
                 f"obj_fn must be a callable params -> loss, got {obj_fn!r}."
@@ -155,6 +157,7 @@ def hutchinson(
         samples = []
         for sample_key in jax.random.split(subkey, n_samples):
             z = draw(sample_key, params)
+            check_like("the probe", z, params)
             y = hvp(objective, params, z, mode=mode)
             if control_variate is None:
                 d = jax.tree.map(_product, z, y)
@@ -167,6 +170,16 @@ def hutchinson(
         return diag, HutchinsonState(key=key, control_variate=cv_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Raise TypeError unless ``axis_name`` could name an axis, or several."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "axis_name must be None, a string or a tuple of strings, got"
+            f" {axis_name!r}."
+        )
 
 
 def check_seed(seed: Any) -> None:
@@ -190,6 +203,16 @@ def as_key(seed: int | jax.Array) -> jax.Array:
     through every checkpoint format.
     """
     return jax.random.PRNGKey(seed) if isinstance(seed, int) else jnp.copy(seed)
+
+
+def _needs_obj_fn(given: set[str]) -> str:
+    only = f", only {', '.join(sorted(given))}" if given else ""
+    return (
+        "hutchinson needs the objective, to differentiate it twice, and got no obj_fn"
+        f"{only}. Either pass it: tx.update(grads, state, params, obj_fn=lambda p:"
+        " loss_fn(p, batch)). Or pass an estimate of your own to the optimizer:"
+        " tx.update(grads, state, params, hessian_diag=diag)."
+    )
 
 
 def _product(z: jax.Array, y: jax.Array) -> jax.Array:
@@ -223,10 +246,4 @@ def _average_over_axis(
 _NEEDS_PARAMS = (
     "params must be given: the Hessian is estimated at the parameters. Call"
     " tx.update(grads, state, params, obj_fn=...)."
-)
-_NEEDS_OBJ_FN = (
-    "hutchinson needs the objective, to differentiate it twice, and got no obj_fn."
-    " Either pass it: tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p,"
-    " batch)). Or pass an estimate of your own to the optimizer: tx.update(grads,"
-    " state, params, hessian_diag=diag)."
 )

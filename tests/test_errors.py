@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: the type and the message of each error."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import adahessian_jax as ah
+
+W = {"w": jnp.ones(3), "b": {"c": jnp.ones(2)}}
+
+
+def loss(params):
+    return jnp.sum(params["w"] ** 2) + jnp.sum(params["b"]["c"] ** 2)
+
+
+def update(tx=None, params=W, grads=W, **kwargs):
+    tx = ah.adahessian(0.1) if tx is None else tx
+    return tx.update(grads, tx.init(W), params, **kwargs)
+
+
+def estimate(estimator, params=W, **kwargs):
+    return estimator.update(None, estimator.init(W), params, **kwargs)
+
+
+def through_sophia():
+    estimator = ah.hutchinson(control_variate=ah.ema_control())
+    with jax.numpy_dtype_promotion("standard"):  # Sophia needs it
+        update(optax.contrib.sophia(0.1, hessian_diagonal_fn=estimator), obj_fn=loss)
+
+
+CONV = (jax.tree_util.DictKey("conv"),)
+
+# At construction: what is called, the error, the whole message or its beginning.
+CONSTRUCTION = {
+    "learning_rate-negative": (
+        lambda: ah.adahessian(-0.1),
+        ValueError,
+        "learning_rate must lie in [0, inf), got -0.1.",
+    ),
+    "learning_rate-none": (
+        lambda: ah.adahessian(None),
+        TypeError,
+        "learning_rate must be a number or a scalar array, got None.",
+    ),
+    "b1-one": (
+        lambda: ah.adahessian(0.1, b1=1.0),
+        ValueError,
+        "b1 must lie in [0, 1), got 1.0.",
+    ),
+    "b1-negative": (
+        lambda: ah.adahessian(0.1, b1=-0.1),
+        ValueError,
+        "b1 must lie in [0, 1), got -0.1.",
+    ),
+    "b2-above-one": (
+        lambda: ah.scale_by_adahessian(b2=1.5),
+        ValueError,
+        "b2 must lie in [0, 1), got 1.5.",
+    ),
+    "b2-nan": (
+        lambda: ah.scale_by_adahessian(b2=float("nan")),
+        ValueError,
+        "b2 must lie in [0, 1), got nan.",
+    ),
+    "b2-string": (
+        lambda: ah.scale_by_adahessian(b2="0.9"),
+        TypeError,
+        "b2 must be a number or a scalar array, got '0.9'.",
+    ),
+    "b1-vector": (
+        lambda: ah.scale_by_adahessian(b1=jnp.ones(2)),
+        TypeError,
+        "b1 must be a number or a scalar array, got Array",
+    ),
+    "betas-as-in-torch": (
+        lambda: ah.adahessian(0.1, (0.9, 0.999)),
+        TypeError,
+        "b1 must be a number or a scalar array, got (0.9, 0.999).",
+    ),
+    "eps-negative": (
+        lambda: ah.adahessian(0.1, eps=-1e-8),
+        ValueError,
+        "eps must lie in [0, inf), got -1e-08.",
+    ),
+    "hessian_power-zero": (
+        lambda: ah.adahessian(0.1, hessian_power=0),
+        ValueError,
+        "hessian_power must lie in (0, inf), got 0.",
+    ),
+    "hessian_power-negative": (
+        lambda: ah.adahessian(0.1, hessian_power=-1.0),
+        ValueError,
+        "hessian_power must lie in (0, inf), got -1.0.",
+    ),
+    "relative_damping-negative": (
+        lambda: ah.adahessian(0.1, relative_damping=-1.0),
+        ValueError,
+        "relative_damping must lie in [0, inf), got -1.0.",
+    ),
+    "weight_decay-negative": (
+        lambda: ah.adahessian(0.1, weight_decay=-1e-4),
+        ValueError,
+        "weight_decay must lie in [0, inf), got -0.0001.",
+    ),
+    "hessian_ema-unknown": (
+        lambda: ah.adahessian(0.1, hessian_ema="median"),
+        ValueError,
+        "hessian_ema must be one of 'rms', 'mean', got 'median'.",
+    ),
+    "hessian_ema-unhashable": (
+        lambda: ah.adahessian(0.1, hessian_ema=["rms"]),
+        ValueError,
+        "hessian_ema must be one of 'rms', 'mean', got ['rms'].",
+    ),
+    "update_interval-zero": (
+        lambda: ah.adahessian(0.1, update_interval=0),
+        ValueError,
+        "update_interval must be >= 1, got 0.",
+    ),
+    "update_interval-float": (
+        lambda: ah.adahessian(0.1, update_interval=10.0),
+        TypeError,
+        "update_interval must be an int, got 10.0.",
+    ),
+    "update_interval-bool": (
+        lambda: ah.adahessian(0.1, update_interval=True),
+        TypeError,
+        "update_interval must be an int, got True.",
+    ),
+    "initial_refreshes-negative": (
+        lambda: ah.adahessian(0.1, initial_refreshes=-1),
+        ValueError,
+        "initial_refreshes must be >= 0, got -1.",
+    ),
+    "reuse_estimate-int": (
+        lambda: ah.adahessian(0.1, reuse_estimate=1),
+        TypeError,
+        "reuse_estimate must be True or False, got 1.",
+    ),
+    "averaging-string": (
+        lambda: ah.adahessian(0.1, averaging="conv"),
+        TypeError,
+        "averaging must be a callable (path, leaf) -> leaf, got 'conv'.",
+    ),
+    "mu_dtype-int": (
+        lambda: ah.adahessian(0.1, mu_dtype=jnp.int32),
+        TypeError,
+        "mu_dtype must be None or a floating-point dtype, got",
+    ),
+    "nu_dtype-unknown": (
+        lambda: ah.adahessian(0.1, nu_dtype="float33"),
+        TypeError,
+        "nu_dtype must be None or a floating-point dtype, got 'float33'.",
+    ),
+    "estimator-not-called": (
+        lambda: ah.adahessian(0.1, estimator=ah.hutchinson),
+        TypeError,
+        "estimator must be an optax.GradientTransformation, as hutchinson() returns",
+    ),
+    "misspelt": (
+        lambda: ah.adahessian(0.1, hesian_power=1.0),
+        TypeError,
+        "adahessian() got an unexpected keyword argument 'hesian_power'",
+    ),
+    "misspelt-estimator": (
+        lambda: ah.hutchinson(samples=2),
+        TypeError,
+        "hutchinson() got an unexpected keyword argument 'samples'",
+    ),
+    "n_samples-zero": (
+        lambda: ah.hutchinson(0),
+        ValueError,
+        "n_samples must be >= 1, got 0.",
+    ),
+    "n_samples-float": (
+        lambda: ah.hutchinson(2.0),
+        TypeError,
+        "n_samples must be an int, got 2.0.",
+    ),
+    "n_samples-array": (
+        lambda: ah.hutchinson(jnp.asarray(2)),
+        TypeError,
+        "n_samples must be an int, got Array(2",
+    ),
+    "probe-unknown": (
+        lambda: ah.hutchinson(probe="gaussian"),
+        ValueError,
+        "probe must be one of 'rademacher', 'normal', got 'gaussian'.",
+    ),
+    "probe-number": (
+        lambda: ah.hutchinson(probe=3),
+        TypeError,
+        "probe must be 'rademacher', 'normal' or a callable (key, params) -> probes,",
+    ),
+    "mode-unknown": (
+        lambda: ah.hutchinson(mode="forward"),
+        ValueError,
+        "mode must be one of 'forward-over-reverse', 'reverse-over-reverse',"
+        " 'finite-difference', got 'forward'.",
+    ),
+    "control_variate-function": (
+        lambda: ah.hutchinson(control_variate=ah.ema_control),
+        TypeError,
+        "control_variate must be None or a ControlVariate, as ema_control() returns,",
+    ),
+    "seed-float": (
+        lambda: ah.hutchinson(seed=0.5),
+        TypeError,
+        "seed must be an int or one PRNG key, from jax.random.key(0) for example,",
+    ),
+    "seed-several-keys": (
+        lambda: ah.hutchinson(seed=jax.random.split(jax.random.key(0))),
+        TypeError,
+        "seed must be an int or one PRNG key",
+    ),
+    "axis_name-int": (
+        lambda: ah.hutchinson(axis_name=0),
+        TypeError,
+        "axis_name must be None, a string or a tuple of strings, got 0.",
+    ),
+    "unbiased-string": (
+        lambda: ah.ema_control(unbiased="no"),
+        TypeError,
+        "unbiased must be True or False, got 'no'.",
+    ),
+    "spatial_ndim-zero": (
+        lambda: ah.conv_spatial_average(0),
+        ValueError,
+        "spatial_ndim must be >= 1, got 0.",
+    ),
+    "is_conv-string": (
+        lambda: ah.conv_spatial_average(is_conv="Conv"),
+        TypeError,
+        "is_conv must be a callable (path, leaf) -> bool, got 'Conv'.",
+    ),
+    "abs_first-none": (
+        lambda: ah.conv_spatial_average(abs_first=None),
+        TypeError,
+        "abs_first must be True or False, got None.",
+    ),
+    "block-axis-float": (
+        lambda: ah.block_average(0.0, 2),
+        TypeError,
+        "axis must be an int, got 0.0.",
+    ),
+    "block-size-zero": (
+        lambda: ah.block_average(0, 0),
+        ValueError,
+        "size must be >= 1, got 0.",
+    ),
+    "block-is_blocked": (
+        lambda: ah.block_average(0, 2, is_blocked=True),
+        TypeError,
+        "is_blocked must be a callable (path, leaf) -> bool, got True.",
+    ),
+    "chunk_size-zero": (
+        lambda: ah.hessian_diag(loss, W, chunk_size=0),
+        ValueError,
+        "chunk_size must be >= 1, got 0.",
+    ),
+}
+
+# At use.
+USE = {
+    "no-way-to-an-estimate": (
+        lambda: update(),
+        ValueError,
+        "hutchinson needs the objective, to differentiate it twice, and got no obj_fn."
+        " Either pass it: tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p,"
+        " batch)). Or pass an estimate of your own to the optimizer: tx.update(grads,"
+        " state, params, hessian_diag=diag).",
+    ),
+    "misspelt-obj_fn": (
+        lambda: update(objfn=loss),
+        ValueError,
+        "hutchinson needs the objective, to differentiate it twice, and got no obj_fn,"
+        " only objfn.",
+    ),
+    "no-params": (
+        lambda: update(params=None, obj_fn=loss),
+        ValueError,
+        "params must be given: the curvature is estimated at the parameters. Call"
+        " tx.update(grads, state, params, obj_fn=...).",
+    ),
+    "estimator-no-params": (
+        lambda: estimate(ah.hutchinson(), params=None, obj_fn=loss),
+        ValueError,
+        "params must be given: the Hessian is estimated at the parameters.",
+    ),
+    "obj_fn-not-callable": (
+        lambda: update(obj_fn=3.0),
+        TypeError,
+        "obj_fn must be a callable params -> loss, got 3.0.",
+    ),
+    "obj_fn-vector": (
+        lambda: update(obj_fn=lambda p: p["w"]),
+        TypeError,
+        "obj_fn must return a scalar, got an array of shape (3,). Reduce the losses of"
+        " the examples first, with jnp.mean for example.",
+    ),
+    "obj_fn-tuple": (
+        lambda: update(obj_fn=lambda p: (loss(p), p)),
+        TypeError,
+        "obj_fn must return one scalar array, the loss, got a tuple. If it also"
+        " returns auxiliary values, drop them: obj_fn=lambda params: loss_fn(params,"
+        " batch)[0].",
+    ),
+    "obj_fn-none": (
+        lambda: update(obj_fn=lambda p: None),
+        TypeError,
+        "obj_fn must return one scalar array, the loss, got a NoneType.",
+    ),
+    "obj_fn-integer": (
+        lambda: update(obj_fn=lambda p: jnp.asarray(1)),
+        TypeError,
+        "obj_fn must return a real floating-point loss, got dtype int32.",
+    ),
+    "obj_fn-complex": (
+        lambda: update(obj_fn=lambda p: loss(p).astype(jnp.complex64)),
+        TypeError,
+        "obj_fn must return a real floating-point loss, got dtype complex64.",
+    ),
+    "hvp-vector": (
+        lambda: ah.hvp(lambda p: p["w"], W, W),
+        TypeError,
+        "fun must return a scalar, got an array of shape (3,).",
+    ),
+    "hvp-mode": (
+        lambda: ah.hvp(loss, W, W, mode="reverse"),
+        ValueError,
+        "mode must be one of 'forward-over-reverse',",
+    ),
+    "hvp-tangents": (
+        lambda: ah.hvp(loss, W, {"w": W["w"]}),
+        ValueError,
+        "tangents must have the same tree structure as params. The leaf ['b']['c'] is"
+        " missing.",
+    ),
+    "hvp-tangents-shape": (
+        lambda: ah.hvp(loss, W, {"w": W["w"], "b": {"c": jnp.ones(3)}}),
+        ValueError,
+        "tangents['b']['c'] must have the shape of the parameter, (2,), got (3,).",
+    ),
+    "hessian_diag-missing-leaf": (
+        lambda: update(hessian_diag={"w": W["w"]}),
+        ValueError,
+        "hessian_diag must have the same tree structure as params. The leaf ['b']['c']"
+        " is missing.",
+    ),
+    "hessian_diag-extra-leaf": (
+        lambda: update(hessian_diag={**W, "z": jnp.ones(1)}),
+        ValueError,
+        "hessian_diag must have the same tree structure as params. The leaf ['z'] is"
+        " not a parameter.",
+    ),
+    "hessian_diag-shape": (
+        lambda: update(hessian_diag={"w": jnp.ones(3), "b": {"c": jnp.ones((2, 2))}}),
+        ValueError,
+        "hessian_diag['b']['c'] must have the shape of the parameter, (2,), got"
+        " (2, 2).",
+    ),
+    "hessian_diag-broadcastable-shape": (
+        lambda: update(hessian_diag={"w": jnp.ones(1), "b": {"c": jnp.ones(2)}}),
+        ValueError,
+        "hessian_diag['w'] must have the shape of the parameter, (3,), got (1,).",
+    ),
+    "grads-structure": (
+        lambda: update(grads={"w": W["w"]}, obj_fn=loss),
+        ValueError,
+        "updates must have the same tree structure as params. The leaf ['b']['c'] is"
+        " missing.",
+    ),
+    "complex-params": (
+        lambda: ah.adahessian(0.1).init({"w": jnp.ones(2, jnp.complex64)}),
+        TypeError,
+        "params['w'] has dtype complex64: the Hessian's diagonal is defined for real"
+        " parameters only. Wrap the optimizer in"
+        " optax.contrib.split_real_and_imaginary.",
+    ),
+    "complex-params-of-an-estimator": (
+        lambda: ah.hutchinson().init({"w": jnp.ones(2, jnp.complex64)}),
+        TypeError,
+        "params['w'] has dtype complex64:",
+    ),
+    "complex-params-of-hvp": (
+        lambda: ah.hvp(loss, jnp.ones(2, jnp.complex64), jnp.ones(2)),
+        TypeError,
+        "params has dtype complex64:",
+    ),
+    "unbound-axis": (
+        lambda: estimate(ah.hutchinson(axis_name="batch"), obj_fn=loss),
+        ValueError,
+        "axis_name='batch' is not bound here: call update inside jax.pmap,"
+        " jax.shard_map or jax.vmap with that axis name, or leave axis_name out.",
+    ),
+    "ema_control-with-rms": (
+        lambda: update(
+            ah.adahessian(
+                0.1, estimator=ah.hutchinson(control_variate=ah.ema_control())
+            ),
+            obj_fn=loss,
+        ),
+        ValueError,
+        "ema_control needs the optimizer's moving average of the Hessian itself: use"
+        " scale_by_adahessian or adahessian with hessian_ema='mean'.",
+    ),
+    "ema_control-in-sophia": (through_sophia, ValueError, "ema_control needs"),
+    "probe-structure": (
+        lambda: estimate(ah.hutchinson(probe=lambda key, p: p["w"]), obj_fn=loss),
+        ValueError,
+        "the probe must have the same tree structure as params.",
+    ),
+    "conv-too-few-axes": (
+        lambda: ah.conv_spatial_average(3)(CONV, jnp.ones((3, 3, 2, 4))),
+        ValueError,
+        "conv_spatial_average takes ['conv'] for a convolution kernel with 3 spatial"
+        " axes, but its shape is (3, 3, 2, 4): kernels are (*spatial, in, out).",
+    ),
+    "block-not-a-multiple": (
+        lambda: ah.block_average(0, 4)(CONV, jnp.ones((6, 2))),
+        ValueError,
+        "block_average(axis=0, size=4) does not fit ['conv'] of shape (6, 2): the axis"
+        " must exist and be a multiple of size.",
+    ),
+    "block-no-such-axis": (
+        lambda: ah.block_average(2, 1)(CONV, jnp.ones((6, 2))),
+        ValueError,
+        "block_average(axis=2, size=1) does not fit ['conv'] of shape (6, 2):",
+    ),
+    "averaging-shape": (
+        lambda: ah.adahessian(0.1, averaging=lambda path, leaf: leaf[:2]).init(W),
+        ValueError,
+        "averaging must return a leaf that broadcasts to the shape of the parameter,",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"), CONSTRUCTION.values(), ids=CONSTRUCTION.keys()
+)
+def test_at_construction(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize(("call", "error", "message"), USE.values(), ids=USE.keys())
+def test_at_use(call, error, message):
+    with pytest.raises(error, match="^" + re.escape(message)):
+        call()
+
+
+def test_errors_are_raised_under_jit_too():
+    tx = ah.adahessian(0.1, update_interval=2)
+    with pytest.raises(ValueError, match="got no obj_fn"):
+        jax.jit(lambda s: tx.update(W, s, W))(tx.init(W))
