@@ -5,12 +5,20 @@ from adahessian_jax.averaging import block_average as block_average
 from adahessian_jax.averaging import conv_spatial_average as conv_spatial_average
 from adahessian_jax.control_variates import ControlVariate as ControlVariate
 from adahessian_jax.control_variates import ema_control as ema_control
+from adahessian_jax.control_variates import gauss_newton_control as gauss_newton_control
+from adahessian_jax.diagnostics import diagnostics as diagnostics
 from adahessian_jax.estimators import HutchinsonState as HutchinsonState
 from adahessian_jax.estimators import hutchinson as hutchinson
+from adahessian_jax.gauss_newton import GaussNewtonState as GaussNewtonState
+from adahessian_jax.gauss_newton import gauss_newton as gauss_newton
 from adahessian_jax.hvp import hessian_diag as hessian_diag
 from adahessian_jax.hvp import hvp as hvp
+from adahessian_jax.low_rank import LowRankState as LowRankState
+from adahessian_jax.low_rank import low_rank_control as low_rank_control
+from adahessian_jax.microbatches import microbatched as microbatched
 from adahessian_jax.moving_average import HessianEMA as HessianEMA
 from adahessian_jax.optimizers import adahessian as adahessian
+from adahessian_jax.output_losses import check_output_loss as check_output_loss
 from adahessian_jax.probes import normal_like as normal_like
 from adahessian_jax.probes import rademacher_like as rademacher_like
 from adahessian_jax.transform import ScaleByAdaHessianState as ScaleByAdaHessianState
@@ -20,16 +28,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ControlVariate",
+    "GaussNewtonState",
     "HessianEMA",
     "HutchinsonState",
+    "LowRankState",
     "ScaleByAdaHessianState",
     "adahessian",
     "block_average",
+    "check_output_loss",
     "conv_spatial_average",
+    "diagnostics",
     "ema_control",
+    "gauss_newton",
+    "gauss_newton_control",
     "hessian_diag",
     "hutchinson",
     "hvp",
+    "low_rank_control",
+    "microbatched",
     "normal_like",
     "rademacher_like",
     "scale_by_adahessian",

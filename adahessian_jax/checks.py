@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental import checkify
 
 from adahessian_jax.dtypes import dtype_of
 
 
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     choices = list(choices)
     if value not in choices:
@@ -89,6 +90,39 @@ def check_callable(name: str, value: Any, signature: str) -> None:
         raise TypeError(f"{name} must be a callable {signature}, got {value!r}.")
 
 
+def check_axis_name(axis_name: Any) -> None:
+    """Raise TypeError unless ``axis_name`` could name an axis, or several."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            "axis_name must be None, a string or a tuple of strings, got"
+            f" {axis_name!r}."
+        )
+
+
+def check_seed(seed: Any) -> None:
+    """Raise TypeError unless ``seed`` is an int or a PRNG key."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return
+    if isinstance(seed, jax.Array):
+        typed = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ()
+        if typed or (seed.dtype == jnp.uint32 and seed.ndim == 1):
+            return
+    raise TypeError(
+        "seed must be an int or one PRNG key, from jax.random.key(0) for example,"
+        f" got {seed!r}."
+    )
+
+
+def check_params(params: optax.Params | None) -> None:
+    """Raise ValueError if an update was called without parameters."""
+    if params is None:
+        raise ValueError(
+            "params must be given: the curvature is estimated at the parameters. Call"
+            " tx.update(grads, state, params, ...)."
+        )
+
+
 def check_real(name: str, tree: optax.Params) -> None:
     """Raise TypeError if a leaf is complex, naming its path."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -149,6 +183,18 @@ def scalar_function(
         return value
 
     return checked
+
+
+def raise_if(wrong: jax.Array, message: str) -> None:
+    """Raise ValueError if an array is true, as far as values can be seen.
+
+    Inside ``jit`` they cannot; there the check is made if the caller functionalises the
+    step with ``jax.experimental.checkify``.
+    """
+    if isinstance(wrong, jax.core.Tracer):
+        checkify.debug_check(~wrong, message)
+    elif wrong:
+        raise ValueError(message)
 
 
 def _is_scalar_array(value: Any, kind: Any) -> bool:

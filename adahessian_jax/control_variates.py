@@ -8,23 +8,41 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adahessian_jax.checks import check_flag
+from adahessian_jax.checks import (
+    check_axis_name,
+    check_callable,
+    check_choice,
+    check_flag,
+    scalar_function,
+)
 from adahessian_jax.dtypes import is_differentiable
+from adahessian_jax.linearized import factor_estimate, linearize
 from adahessian_jax.moving_average import HessianEMA, debias
+from adahessian_jax.output_losses import as_output_loss, row_weights
+
+Product = Callable[..., optax.Updates]
 
 
 class ControlVariate(NamedTuple):
-    """A matrix of known diagonal that is subtracted from the Hessian before probing.
+    """How one sample of Hutchinson's estimator is drawn, given what is known of H.
 
     Attributes:
       init: maps parameters to the initial state.
-      correct: maps ``(state, probes, products, **extra_args)``, where ``products`` is
-        the Hessian times the probes and ``extra_args`` are those of the estimator's
-        ``update``, to the estimate of the diagonal and the new state.
+      correct: ``(state, probes, product, *, params, key, **extra_args)`` to the
+        estimate of the diagonal and the new state. ``product()`` is the objective's
+        Hessian times the probes and ``product(fun)`` that of another function;
+        ``extra_args`` are those of the estimator's ``update``.
     """
 
     init: Callable[[optax.Params], Any]
     correct: Callable[..., tuple[optax.Updates, Any]]
+
+
+def multiply(probes: optax.Updates, products: optax.Updates) -> optax.Updates:
+    """Multiply elementwise the floating-point leaves; the others stay zero."""
+    return jax.tree.map(
+        lambda z, y: z * y if is_differentiable(z) else y, probes, products
+    )
 
 
 def ema_control(*, unbiased: bool = True) -> ControlVariate:
@@ -73,7 +91,7 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
     def correct(
         state: tuple[()],
         probes: optax.Updates,
-        products: optax.Updates,
+        product: Product,
         *,
         hessian_ema: HessianEMA | None = None,
         **extra_args: Any,
@@ -97,6 +115,112 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
             d = z * (y - c * z)
             return d + c if unbiased else d
 
-        return jax.tree.map(one, probes, products, hessian_ema.value), state
+        return jax.tree.map(one, probes, product(), hessian_ema.value), state
+
+    return ControlVariate(lambda params: (), correct)
+
+
+def gauss_newton_control(
+    loss: str | Callable[..., jax.Array],
+    *,
+    reduction: str = "mean",
+    event_ndim: int = 1,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> ControlVariate:
+    r"""Use the Gauss-Newton part of the Hessian as control variate.
+
+    The Hessian is :math:`H = G + R`, the Gauss-Newton matrix and a remainder that is
+    the Hessian of :math:`\langle c, f(w) \rangle`, where f are the network's outputs
+    and c is the loss's gradient in the outputs, held fixed. The estimate
+
+    .. math::
+      d = g \odot g + z \odot R z
+
+    takes the first part from the Gauss-Newton factor
+    (:func:`adahessian_jax.gauss_newton`) and probes the remainder only, which is small
+    where the network fits its data. It is unbiased for diag H. It may be negative.
+
+    The products with R cost what those with H cost, and the gradient of the remainder
+    is the gradient of the loss; the factor adds one pullback of the outputs, so that an
+    estimate takes about 1.3 times the operations of plain Hutchinson. There is no
+    state.
+
+    Args:
+      loss: as in :func:`adahessian_jax.gauss_newton`.
+      reduction: as in :func:`adahessian_jax.gauss_newton`.
+      event_ndim: as in :func:`adahessian_jax.gauss_newton`.
+      axis_name: the same as that of the estimator.
+
+    Returns:
+      A control variate for :func:`adahessian_jax.hutchinson`. Its ``update`` needs no
+      ``obj_fn`` but ``predict_fn``, a function from parameters to outputs or to
+      ``(outputs, weights)``, and ``output_loss``, the function from outputs to the
+      scalar loss: the objective is ``output_loss(predict_fn(params))``.
+
+    Raises:
+      ValueError: if an argument is unknown; at update, if ``predict_fn`` or
+        ``output_loss`` is missing.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> x, y = jnp.array([1.0, 2.0]), jnp.array([0.0, 1.0])
+      >>> estimator = ah.hutchinson(control_variate=ah.gauss_newton_control("l2_loss"))
+      >>> w = {"a": jnp.array(1.0), "b": jnp.array(3.0)}
+      >>> d, _ = estimator.update(
+      ...   None, estimator.init(w), w,
+      ...   predict_fn=lambda w: w["a"] * w["b"] * x,
+      ...   output_loss=lambda f: jnp.mean((f - y) ** 2) / 2)
+
+    References:
+      Schraudolph, `Fast Curvature Matrix-Vector Products
+      <https://doi.org/10.1162/08997660260028683>`_, 2002, for H = G + R
+    """
+    curvature = as_output_loss(loss, event_ndim)
+    check_choice("reduction", reduction, ("mean", "sum"))
+    check_axis_name(axis_name)
+
+    def correct(
+        state: tuple[()],
+        probes: optax.Updates,
+        product: Product,
+        *,
+        params: optax.Params,
+        key: jax.Array,
+        predict_fn: Callable[[optax.Params], Any] | None = None,
+        output_loss: Callable[[jax.Array], jax.Array] | None = None,
+        targets: Any = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, tuple[()]]:
+        del extra_args
+        model = linearize(predict_fn, params)
+        if output_loss is None:
+            raise ValueError(
+                "gauss_newton_control needs the loss as a function of the outputs and"
+                " got no output_loss. Pass it beside predict_fn: tx.update(grads,"
+                " state, params, predict_fn=lambda p: model.apply(p, x),"
+                " output_loss=lambda outputs: loss(outputs, y))."
+            )
+        check_callable("output_loss", output_loss, "outputs -> loss")
+        residual = jax.grad(scalar_function("output_loss", output_loss))(model.outputs)
+
+        def remainder(params: optax.Params) -> jax.Array:
+            return jnp.sum(residual * model.predict(params))
+
+        weights = row_weights(
+            model.outputs, model.weights, curvature.event_ndim, reduction, axis_name
+        )
+        gauss_newton = factor_estimate(key, curvature, model, weights, targets)
+        if axis_name is not None:
+            # The estimator averages over the axis, and these are parts of a sum.
+            n_devices = jax.lax.psum(1, axis_name)
+            gauss_newton = [n_devices * d for d in gauss_newton]
+        diag = jax.tree.map(
+            lambda g, r: g + r if is_differentiable(g) else g,
+            model.as_params(gauss_newton),
+            multiply(probes, product(remainder)),
+        )
+        return diag, state
 
     return ControlVariate(lambda params: (), correct)

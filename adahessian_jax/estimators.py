@@ -9,16 +9,20 @@ import jax.numpy as jnp
 import optax
 
 from adahessian_jax.checks import (
+    check_axis_name,
+    check_callable,
     check_choice,
     check_int,
     check_like,
+    check_params,
     check_real,
+    check_seed,
     scalar_function,
 )
-from adahessian_jax.control_variates import ControlVariate
+from adahessian_jax.control_variates import ControlVariate, multiply
 from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.hvp import check_mode, hvp
-from adahessian_jax.probes import normal_like, rademacher_like
+from adahessian_jax.probes import as_key, axis_key, normal_like, rademacher_like
 
 Probe = Callable[[jax.Array, optax.Params], optax.Params]
 
@@ -141,28 +145,33 @@ def hutchinson(
         **extra_args: Any,
     ) -> tuple[optax.Updates, HutchinsonState]:
         del updates
-        if params is None:
-            raise ValueError(_NEEDS_PARAMS)
-        if obj_fn is None:
-            raise ValueError(_needs_obj_fn(extra_args.keys() - {"hessian_ema"}))
-        if not callable(obj_fn):
-            raise TypeError(
-                f"obj_fn must be a callable params -> loss, got {obj_fn!r}."
-            )
-        objective = scalar_function("obj_fn", obj_fn)
+        check_params(params)
         key, subkey = jax.random.split(state.key)
-        if axis_name is not None:
-            subkey = jax.random.fold_in(subkey, _axis_index(axis_name))
-        cv_state = state.control_variate
-        samples = []
-        for sample_key in jax.random.split(subkey, n_samples):
+        cv_state, samples = state.control_variate, []
+        for sample_key in jax.random.split(axis_key(subkey, axis_name), n_samples):
             z = draw(sample_key, params)
             check_like("the probe", z, params)
-            y = hvp(objective, params, z, mode=mode)
+
+            def product(
+                fun: Callable[[optax.Params], jax.Array] | None = None,
+                z: optax.Params = z,
+            ) -> optax.Updates:
+                """Multiply the probe by the Hessian, the objective's by default."""
+                if fun is None:
+                    fun = _checked_objective(obj_fn, extra_args)
+                return hvp(fun, params, z, mode=mode)
+
             if control_variate is None:
-                d = jax.tree.map(_product, z, y)
+                d = multiply(z, product())
             else:
-                d, cv_state = control_variate.correct(cv_state, z, y, **extra_args)
+                d, cv_state = control_variate.correct(
+                    cv_state,
+                    z,
+                    product,
+                    params=params,
+                    key=jax.random.fold_in(sample_key, 1),
+                    **extra_args,
+                )
             samples.append(d)
         diag = jax.tree.map(_mean, *samples)
         if axis_name is not None:
@@ -172,51 +181,30 @@ def hutchinson(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_axis_name(axis_name: Any) -> None:
-    """Raise TypeError unless ``axis_name`` could name an axis, or several."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    if axis_name is not None and not all(isinstance(name, str) for name in names):
+def as_estimator(estimator: Any) -> optax.GradientTransformationExtraArgs:
+    """Check that something is a transformation; let it take extra arguments."""
+    if not isinstance(estimator, optax.GradientTransformation):
         raise TypeError(
-            "axis_name must be None, a string or a tuple of strings, got"
-            f" {axis_name!r}."
+            "estimator must be an optax.GradientTransformation, as hutchinson()"
+            f" returns, got {estimator!r}."
         )
+    return optax.with_extra_args_support(estimator)
 
 
-def check_seed(seed: Any) -> None:
-    """Raise TypeError unless ``seed`` is an int or a PRNG key."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return
-    if isinstance(seed, jax.Array):
-        typed = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ()
-        if typed or (seed.dtype == jnp.uint32 and seed.ndim == 1):
-            return
-    raise TypeError(
-        "seed must be an int or one PRNG key, from jax.random.key(0) for example,"
-        f" got {seed!r}."
-    )
-
-
-def as_key(seed: int | jax.Array) -> jax.Array:
-    """Make a PRNG key of an int; return a key as it is.
-
-    The key made is a raw one: it lives in the optimizer's state, and raw keys pass
-    through every checkpoint format.
-    """
-    return jax.random.PRNGKey(seed) if isinstance(seed, int) else jnp.copy(seed)
-
-
-def _needs_obj_fn(given: set[str]) -> str:
-    only = f", only {', '.join(sorted(given))}" if given else ""
-    return (
-        "hutchinson needs the objective, to differentiate it twice, and got no obj_fn"
-        f"{only}. Either pass it: tx.update(grads, state, params, obj_fn=lambda p:"
-        " loss_fn(p, batch)). Or pass an estimate of your own to the optimizer:"
-        " tx.update(grads, state, params, hessian_diag=diag)."
-    )
-
-
-def _product(z: jax.Array, y: jax.Array) -> jax.Array:
-    return z * y if is_differentiable(z) else y
+def _checked_objective(
+    obj_fn: Any, extra_args: dict[str, Any]
+) -> Callable[[optax.Params], jax.Array]:
+    if obj_fn is None:
+        given = ", ".join(sorted(extra_args.keys() - {"hessian_ema"}))
+        raise ValueError(
+            "hutchinson needs the objective, to differentiate it twice, and got no"
+            f" obj_fn{f', only {given}' if given else ''}. Either pass it:"
+            " tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)). Or"
+            " pass an estimate of your own to the optimizer: tx.update(grads, state,"
+            " params, hessian_diag=diag)."
+        )
+    check_callable("obj_fn", obj_fn, "params -> loss")
+    return scalar_function("obj_fn", obj_fn)
 
 
 def _mean(*samples: jax.Array) -> jax.Array:
@@ -225,25 +213,9 @@ def _mean(*samples: jax.Array) -> jax.Array:
     return jnp.mean(jnp.stack(samples), axis=0)
 
 
-def _axis_index(axis_name: str | tuple[str, ...]) -> jax.Array:
-    try:
-        return jax.lax.axis_index(axis_name)
-    except NameError:
-        raise ValueError(
-            f"axis_name={axis_name!r} is not bound here: call update inside jax.pmap,"
-            " jax.shard_map or jax.vmap with that axis name, or leave axis_name out."
-        ) from None
-
-
 def _average_over_axis(
     diag: optax.Updates, axis_name: str | tuple[str, ...]
 ) -> optax.Updates:
     return jax.tree.map(
         lambda d: jax.lax.pmean(d, axis_name) if is_differentiable(d) else d, diag
     )
-
-
-_NEEDS_PARAMS = (
-    "params must be given: the Hessian is estimated at the parameters. Call"
-    " tx.update(grads, state, params, obj_fn=...)."
-)

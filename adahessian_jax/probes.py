@@ -79,3 +79,25 @@ def normal_like(key: jax.Array, tree: optax.Params) -> optax.Params:
         for k, x in zip(keys, leaves, strict=False)
     ]
     return jax.tree.unflatten(treedef, numbers)
+
+
+def as_key(seed: int | jax.Array) -> jax.Array:
+    """Make a PRNG key of an int; return a key as it is.
+
+    The key made is a raw one: it lives in the optimizer's state, and raw keys pass
+    through every checkpoint format.
+    """
+    return jax.random.PRNGKey(seed) if isinstance(seed, int) else jnp.copy(seed)
+
+
+def axis_key(key: jax.Array, axis_name: str | tuple[str, ...] | None) -> jax.Array:
+    """Return a key of its own for each device of an axis; without one, ``key``."""
+    if axis_name is None:
+        return key
+    try:
+        return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    except NameError:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here: call update inside jax.pmap,"
+            " jax.shard_map or jax.vmap with that axis name, or leave axis_name out."
+        ) from None

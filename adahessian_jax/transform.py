@@ -17,10 +17,11 @@ from adahessian_jax.checks import (
     check_float_dtype,
     check_int,
     check_like,
+    check_params,
     check_real,
 )
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.estimators import hutchinson
+from adahessian_jax.estimators import as_estimator, hutchinson
 from adahessian_jax.moving_average import HessianEMA, as_dtype, debias, ema
 
 
@@ -113,7 +114,7 @@ def scale_by_adahessian(
         check_callable("averaging", averaging, "(path, leaf) -> leaf")
     mu_dtype = check_float_dtype("mu_dtype", mu_dtype)
     nu_dtype = check_float_dtype("nu_dtype", nu_dtype)
-    estimator = _with_extra_args(hutchinson() if estimator is None else estimator)
+    estimator = as_estimator(hutchinson() if estimator is None else estimator)
     always = isinstance(update_interval, int) and update_interval == 1
     keep_estimate = reuse_estimate and not always
     order = 2 if hessian_ema == "rms" else 1
@@ -138,11 +139,7 @@ def scale_by_adahessian(
         hessian_diag: optax.Updates | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
-        if params is None:
-            raise ValueError(
-                "params must be given: the curvature is estimated at the parameters."
-                " Call tx.update(grads, state, params, obj_fn=...)."
-            )
+        check_params(params)
         check_like("updates", updates, params)
         if hessian_ema == "mean":
             seen = state.count if reuse_estimate else state.refreshes
@@ -211,15 +208,6 @@ def scale_by_adahessian(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _with_extra_args(estimator: Any) -> optax.GradientTransformationExtraArgs:
-    if not isinstance(estimator, optax.GradientTransformation):
-        raise TypeError(
-            "estimator must be an optax.GradientTransformation, as hutchinson()"
-            f" returns, got {estimator!r}."
-        )
-    return optax.with_extra_args_support(estimator)
 
 
 def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> Any:

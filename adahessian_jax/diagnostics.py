@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers to watch while training."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adahessian_jax.checks import check_float, check_like
+from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax.transform import ScaleByAdaHessianState
+
+
+def diagnostics(
+    state: optax.OptState,
+    *,
+    updates: optax.Updates | None = None,
+    estimate: optax.Updates | None = None,
+    previous_estimate: optax.Updates | None = None,
+    clip_threshold: float | None = None,
+) -> dict[str, jax.Array]:
+    r"""Summarise an optimizer's state, and what else is at hand, in scalars.
+
+    A pure function, to be called inside or outside ``jit``. It sorts each parameter
+    for the quantiles, so call it now and then rather than on every step.
+
+    Args:
+      state: the state of :func:`adahessian_jax.adahessian` or
+        :func:`adahessian_jax.scale_by_adahessian`, alone or inside that of a chain.
+      updates: what ``update`` returned together with ``state``.
+      estimate: an estimate of the diagonal; by default the one that the state keeps, if
+        it keeps one (it does if ``update_interval`` > 1 and ``reuse_estimate``).
+      previous_estimate: another, independent of the first.
+      clip_threshold: the bound that updates were clipped to.
+
+    Returns:
+      A flat dict of scalars of shape ():
+
+      - ``"count"``, ``"refreshes"``: numbers of updates and of estimates so far.
+      - ``"trace"``, ``"negative_share"``: the sum of the estimate and the share of its
+        entries below zero.
+      - ``"relative_error"``, with two estimates a and b: :math:`\|a - b\| / \sqrt{2
+        \langle a, b \rangle}`, which estimates the root mean square of
+        :math:`\|a - d\| / \|d\|` for the true diagonal d; infinite if the two do not
+        even agree in direction.
+      - ``"step_size/PATH/q"``, with updates: the quantiles q of 0.05, 0.5 and 0.95 of
+        :math:`|u_i| / |m_i|` in each parameter, the step that a unit of momentum takes
+        there, learning rate included.
+      - ``"clipped_share"``, with updates and a threshold: the share of their entries
+        that lie at it.
+
+    Raises:
+      ValueError: if there is no such state, or a tree does not match its parameters.
+      TypeError: if ``clip_threshold`` is not a number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> tx, w = ah.adahessian(0.1), jnp.array([1.0, 2.0])
+      >>> d = jnp.array([1.0, -3.0])
+      >>> updates, state = tx.update(w, tx.init(w), w, hessian_diag=d)
+      >>> report = ah.diagnostics(state, estimate=d)
+      >>> float(report["trace"]), float(report["negative_share"])
+      (-2.0, 0.5)
+    """
+    inner = _find(state)
+    report = {"count": inner.count, "refreshes": inner.refreshes}
+    if estimate is None and inner.hessian_diag is not None:
+        estimate = inner.hessian_diag
+    elif estimate is not None:
+        check_like("estimate", estimate, inner.mu)
+    if estimate is not None:
+        entries = _floats(estimate)
+        size = max(sum(x.size for x in entries), 1)
+        report["trace"] = _sum(entries)
+        report["negative_share"] = _sum([x < 0 for x in entries]) / size
+    if previous_estimate is not None:
+        if estimate is None:
+            raise ValueError(
+                "previous_estimate was given, but there is no estimate to compare it"
+                " with: pass estimate= as well."
+            )
+        check_like("previous_estimate", previous_estimate, estimate)
+        others = _floats(previous_estimate)
+        pairs = list(zip(entries, others, strict=True))
+        squared = _sum([(a - b) ** 2 for a, b in pairs])
+        agreement = 2 * _sum([a * b for a, b in pairs])
+        report["relative_error"] = jnp.where(
+            agreement > 0,
+            jnp.sqrt(squared / jnp.where(agreement > 0, agreement, 1)),
+            jnp.inf,
+        )
+    if updates is not None:
+        check_like("updates", updates, inner.mu)
+        for (path, u), m in zip(
+            jax.tree_util.tree_leaves_with_path(updates),
+            jax.tree.leaves(inner.mu),
+            strict=True,
+        ):
+            if not is_differentiable(m) or m.size == 0:
+                continue
+            wide = accumulation_dtype(u, m)
+            moved = m != 0
+            ratio = jnp.abs(u.astype(wide)) / jnp.where(moved, jnp.abs(m), 1).astype(
+                wide
+            )
+            ratio = jnp.where(moved, ratio, jnp.nan)
+            for q in _QUANTILES:
+                name = f"step_size/{_name(path)}/{q}"
+                report[name] = jnp.nanquantile(ratio, q)
+    if clip_threshold is not None:
+        check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
+        if updates is None:
+            raise ValueError(
+                "clip_threshold was given, but no updates to look at: pass updates= as"
+                " well."
+            )
+        entries = _floats(updates)
+        size = max(sum(x.size for x in entries), 1)
+        at_bound = [jnp.abs(x) >= clip_threshold * (1 - 1e-6) for x in entries]
+        report["clipped_share"] = _sum(at_bound) / size
+    return report
+
+
+_QUANTILES = (0.05, 0.5, 0.95)
+
+
+def _find(state: Any) -> ScaleByAdaHessianState:
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, ScaleByAdaHessianState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(
+            "state must contain the state of one scale_by_adahessian or adahessian,"
+            f" found {len(found)} of them."
+        )
+    return found[0]
+
+
+def _floats(tree: Any) -> list[jax.Array]:
+    return [
+        x.astype(accumulation_dtype(x))
+        for x in jax.tree.leaves(tree)
+        if is_differentiable(x)
+    ]
+
+
+def _sum(leaves: list[jax.Array]) -> jax.Array:
+    sums = [jnp.sum(x.astype(accumulation_dtype(x))) for x in leaves]
+    return sum(sums[1:], start=sums[0]) if sums else jnp.zeros(())
+
+
+def _name(path: Any) -> str:
+    keys = [getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in path]
+    return "/".join(map(str, keys))

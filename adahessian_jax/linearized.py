@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network linearised at its parameters, and the factor of its Gauss-Newton matrix."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adahessian_jax.checks import check_callable, raise_if
+from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax.hvp import Floats, split_differentiable
+from adahessian_jax.output_losses import OutputLoss
+from adahessian_jax.probes import rademacher_like
+
+
+class LinearizedModel(NamedTuple):
+    """A network's outputs at some parameters, and its Jacobian as two functions.
+
+    Tangents and cotangents of the parameters are lists of the floating-point leaves.
+    """
+
+    predict: Callable[[optax.Params], jax.Array]
+    outputs: jax.Array
+    weights: jax.Array | None
+    pullback: Callable[[jax.Array], Floats]
+    pushforward: Callable[[Floats], jax.Array]
+    floats: Floats
+    as_params: Callable[[Floats], optax.Params]
+
+
+def linearize(
+    predict_fn: Callable[[optax.Params], Any] | None, params: optax.Params
+) -> LinearizedModel:
+    """Evaluate a network and prepare products with its Jacobian."""
+    if predict_fn is None:
+        raise ValueError(
+            "Gauss-Newton needs the network's outputs and got no predict_fn. Pass a"
+            " function of the parameters: tx.update(grads, state, params,"
+            " predict_fn=lambda p: model.apply(p, x)). Where only the loss is at hand,"
+            " use hutchinson, which takes obj_fn."
+        )
+    check_callable("predict_fn", predict_fn, "params -> outputs")
+    floats, rebuild = split_differentiable(params)
+
+    def predict(params: optax.Params) -> tuple[jax.Array, Any]:
+        result = predict_fn(params)
+        outputs, weights = result if isinstance(result, tuple) else (result, None)
+        if not hasattr(outputs, "dtype") or not is_differentiable(outputs):
+            raise TypeError(
+                "predict_fn must return a floating-point array of outputs, or a tuple"
+                f" (outputs, weights), got {jax.tree.map(jnp.shape, result)}."
+            )
+        return outputs, weights
+
+    outputs, pullback, weights = jax.vjp(
+        lambda x: predict(rebuild(x)), floats, has_aux=True
+    )
+    raise_if(jnp.any(jnp.isnan(outputs)), "predict_fn returned outputs that are NaN.")
+
+    def as_params(leaves: Floats) -> optax.Params:
+        _, rebuild_zeros = split_differentiable(jax.tree.map(jnp.zeros_like, params))
+        return rebuild_zeros(
+            [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
+        )
+
+    def outputs_of(x: Floats) -> jax.Array:
+        return predict(rebuild(x))[0]
+
+    return LinearizedModel(
+        predict=lambda params: predict(params)[0],
+        outputs=outputs,
+        weights=weights,
+        pullback=lambda s: pullback(s.astype(outputs.dtype))[0],
+        pushforward=lambda z: jax.jvp(outputs_of, (floats,), (z,))[1],
+        floats=floats,
+        as_params=as_params,
+    )
+
+
+def factor_estimate(
+    key: jax.Array,
+    output_loss: OutputLoss,
+    model: LinearizedModel,
+    weights: jax.Array,
+    targets: Any,
+) -> Floats:
+    """Square the pullback of S u, for random signs u."""
+    outputs = wide(model.outputs)
+    signs = rademacher_like(key, outputs)
+    factor = output_loss.factor(outputs, signs, targets)
+    return squared(model.pullback(factor * jnp.sqrt(weights)))
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Cast to the dtype in which numbers are added up."""
+    return x.astype(accumulation_dtype(x))
+
+
+def squared(leaves: Floats) -> Floats:
+    """Square each leaf, in the dtype in which numbers are added up."""
+    return [jnp.square(wide(g)) for g in leaves]
