@@ -102,10 +102,8 @@ def diagnostics(
                 continue
             wide = accumulation_dtype(u, m)
             moved = m != 0
-            ratio = jnp.abs(u.astype(wide)) / jnp.where(moved, jnp.abs(m), 1).astype(
-                wide
-            )
-            ratio = jnp.where(moved, ratio, jnp.nan)
+            momentum = jnp.where(moved, jnp.abs(m), jnp.nan).astype(wide)
+            ratio = jnp.abs(u.astype(wide)) / momentum
             for q in _QUANTILES:
                 name = f"step_size/{_name(path)}/{q}"
                 report[name] = jnp.nanquantile(ratio, q)

@@ -55,11 +55,11 @@ def gauss_newton(
       d = g \odot g, \qquad
       g = \sum_r \sqrt{w_r} \, J_r^\top S_r u_r
 
-    with random signs :math:`u_r`. It is unbiased for diag G, never negative, and its
-    relative error, the root mean square of :math:`\|d - \mathrm{diag}\, G\| /
-    \|\mathrm{diag}\, G\|`, is at most about :math:`\sqrt{2}` with one sample, because g
-    is a sum of many independent terms and its square spreads like that of a Gaussian;
-    Hutchinson's estimator has 4 to 12 on small networks. For networks that are
+    with random signs :math:`u_r`. It is unbiased for diag G and never negative. With
+    one sample the variance of each entry is at most :math:`2 G_{ii}^2`, because
+    :math:`\mathrm{E}\, g_i^4 \leq 3 (\mathrm{E}\, g_i^2)^2` for a sum of independent
+    signs: a relative error of at most :math:`\sqrt{2}` whatever the network, where
+    Hutchinson's estimator has 4 to 12 on small ones. For networks that are
     piecewise linear in each parameter separately (ReLU, max-pooling, no
     normalisation), diag G is the Hessian's diagonal exactly.
 

@@ -20,6 +20,7 @@ from adahessian_jax.checks import (
     raise_if,
     scalar_function,
 )
+from adahessian_jax.dtypes import accumulation_dtype
 
 
 class OutputLoss(NamedTuple):
@@ -67,8 +68,9 @@ def row_weights(
             " rows along the last axis, the classes."
         )
     rows = outputs.shape[: outputs.ndim - event_ndim]
+    dtype = accumulation_dtype(outputs)
     if weights is None:
-        weights = jnp.ones((), jnp.float32)
+        weights = jnp.ones((), dtype)
     elif jnp.shape(weights) != rows[: jnp.ndim(weights)]:
         raise ValueError(
             f"weights of shape {jnp.shape(weights)} do not match outputs of shape"
@@ -76,7 +78,7 @@ def row_weights(
             + (", the last axis being that of the classes." if event_ndim else ".")
         )
     else:
-        weights = jnp.asarray(weights).astype(jnp.float32)
+        weights = jnp.asarray(weights).astype(dtype)
         raise_if(jnp.any(weights < 0), "weights must not be negative, got some.")
     weights = weights.reshape(*weights.shape, *[1] * (outputs.ndim - weights.ndim))
     if reduction == "mean":
