@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from adahessian_jax.checks import (
-    check_axis_name,
     check_callable,
     check_choice,
     check_flag,
@@ -28,10 +27,11 @@ class ControlVariate(NamedTuple):
 
     Attributes:
       init: maps parameters to the initial state.
-      correct: ``(state, probes, product, *, params, key, **extra_args)`` to the
-        estimate of the diagonal and the new state. ``product()`` is the objective's
-        Hessian times the probes and ``product(fun)`` that of another function;
-        ``extra_args`` are those of the estimator's ``update``.
+      correct: ``(state, probes, product, *, params, key, axis_name, **extra_args)``
+        to the estimate of the diagonal and the new state. ``product()`` is the
+        objective's Hessian times the probes and ``product(fun)`` that of another
+        function; ``axis_name`` is the estimator's and ``extra_args`` are those of its
+        ``update``.
     """
 
     init: Callable[[optax.Params], Any]
@@ -125,7 +125,6 @@ def gauss_newton_control(
     *,
     reduction: str = "mean",
     event_ndim: int = 1,
-    axis_name: str | tuple[str, ...] | None = None,
 ) -> ControlVariate:
     r"""Use the Gauss-Newton part of the Hessian as control variate.
 
@@ -149,7 +148,6 @@ def gauss_newton_control(
       loss: as in :func:`adahessian_jax.gauss_newton`.
       reduction: as in :func:`adahessian_jax.gauss_newton`.
       event_ndim: as in :func:`adahessian_jax.gauss_newton`.
-      axis_name: the same as that of the estimator.
 
     Returns:
       A control variate for :func:`adahessian_jax.hutchinson`. Its ``update`` needs no
@@ -179,7 +177,6 @@ def gauss_newton_control(
     """
     curvature = as_output_loss(loss, event_ndim)
     check_choice("reduction", reduction, ("mean", "sum"))
-    check_axis_name(axis_name)
 
     def correct(
         state: tuple[()],
@@ -188,6 +185,7 @@ def gauss_newton_control(
         *,
         params: optax.Params,
         key: jax.Array,
+        axis_name: str | tuple[str, ...] | None,
         predict_fn: Callable[[optax.Params], Any] | None = None,
         output_loss: Callable[[jax.Array], jax.Array] | None = None,
         targets: Any = None,

@@ -71,7 +71,7 @@ def diagnostics(
     elif estimate is not None:
         check_like("estimate", estimate, inner.mu)
     if estimate is not None:
-        entries = _floats(estimate)
+        entries = _floats(estimate, inner.mu)
         size = max(sum(x.size for x in entries), 1)
         report["trace"] = _sum(entries)
         report["negative_share"] = _sum([x < 0 for x in entries]) / size
@@ -82,7 +82,7 @@ def diagnostics(
                 " with: pass estimate= as well."
             )
         check_like("previous_estimate", previous_estimate, estimate)
-        others = _floats(previous_estimate)
+        others = _floats(previous_estimate, inner.mu)
         pairs = list(zip(entries, others, strict=True))
         squared = _sum([(a - b) ** 2 for a, b in pairs])
         agreement = 2 * _sum([a * b for a, b in pairs])
@@ -114,7 +114,7 @@ def diagnostics(
                 "clip_threshold was given, but no updates to look at: pass updates= as"
                 " well."
             )
-        entries = _floats(updates)
+        entries = _floats(updates, inner.mu)
         size = max(sum(x.size for x in entries), 1)
         at_bound = [jnp.abs(x) >= clip_threshold * (1 - 1e-6) for x in entries]
         report["clipped_share"] = _sum(at_bound) / size
@@ -137,11 +137,11 @@ def _find(state: Any) -> ScaleByAdaHessianState:
     return found[0]
 
 
-def _floats(tree: Any) -> list[jax.Array]:
+def _floats(tree: Any, like: Any) -> list[jax.Array]:
     return [
         x.astype(accumulation_dtype(x))
-        for x in jax.tree.leaves(tree)
-        if is_differentiable(x)
+        for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
+        if is_differentiable(y)
     ]
 
 

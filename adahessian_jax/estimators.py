@@ -170,6 +170,7 @@ def hutchinson(
                     product,
                     params=params,
                     key=jax.random.fold_in(sample_key, 1),
+                    axis_name=axis_name,
                     **extra_args,
                 )
             samples.append(d)

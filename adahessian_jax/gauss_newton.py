@@ -164,13 +164,14 @@ def gauss_newton(
         del updates, extra_args
         check_params(params)
         key, subkey = jax.random.split(state.key)
+        keys = jax.random.split(axis_key(subkey, axis_name), n_samples)
         model = linearize(predict_fn, params)
         weights = row_weights(
             model.outputs, model.weights, output_loss.event_ndim, reduction, axis_name
         )
         samples = [
             _METHODS[method](sample_key, output_loss, model, weights, targets)
-            for sample_key in jax.random.split(axis_key(subkey, axis_name), n_samples)
+            for sample_key in keys
         ]
         diag = [sum(d[1:], start=d[0]) / n_samples for d in zip(*samples, strict=True)]
         if axis_name is not None:

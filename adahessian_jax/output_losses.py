@@ -152,23 +152,33 @@ reduction='mean': correct the reduction, the weights or the name of the loss.
         )
 
 
+def _probabilities(outputs: jax.Array) -> jax.Array:
+    if outputs.shape[-1] == 1:
+        raise ValueError(
+            f"predict_fn returned outputs of shape {outputs.shape}: softmax over one"
+            " class has no curvature. The classes must lie along the last axis; for one"
+            " logit per row use loss='sigmoid_binary_cross_entropy'."
+        )
+    return jax.nn.softmax(outputs, axis=-1)
+
+
 def _softmax_factor(outputs: jax.Array, signs: jax.Array, targets: Any) -> jax.Array:
     del targets
-    p = jax.nn.softmax(outputs, axis=-1)
+    p = _probabilities(outputs)
     half = jnp.sqrt(p)
     return half * signs - p * jnp.sum(half * signs, axis=-1, keepdims=True)
 
 
 def _softmax_product(outputs: jax.Array, v: jax.Array, targets: Any) -> jax.Array:
     del targets
-    p = jax.nn.softmax(outputs, axis=-1)
+    p = _probabilities(outputs)
     return p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
 
 
 def _softmax_sampled(key: jax.Array, outputs: jax.Array) -> jax.Array:
     labels = jax.random.categorical(key, outputs, axis=-1)
     hot = jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
-    return jax.nn.softmax(outputs, axis=-1) - hot
+    return _probabilities(outputs) - hot
 
 
 def _elementwise(

@@ -222,13 +222,11 @@ def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> A
 
     shapes = jax.eval_shape(lambda p: _average(noting, p), params)
     if untouched and all(untouched):
-        paths = [
-            jax.tree_util.keystr(p)
-            for p, _ in jax.tree_util.tree_leaves_with_path(params)
-        ]
+        first, _ = jax.tree_util.tree_leaves_with_path(params)[0]
         warnings.warn(
-            f"averaging applies to none of the parameters: {', '.join(paths)}. Tell the"
-            " rule which leaves are meant, with is_conv= for conv_spatial_average.",
+            f"averaging applies to none of the {len(untouched)} parameters, such as"
+            f" {jax.tree_util.keystr(first)}. Tell the rule which leaves are meant,"
+            " with is_conv= for conv_spatial_average.",
             stacklevel=3,
         )
     return shapes

@@ -113,5 +113,5 @@ def test_optimizer_stores_and_uses_the_average(abs_first, interval):
 
 def test_warns_if_no_leaf_is_averaged():
     tx = ah.scale_by_adahessian(averaging=ah.conv_spatial_average())
-    with pytest.warns(UserWarning, match=r"applies to none of the parameters: \['w'\]"):
+    with pytest.warns(UserWarning, match=r"none of the 1 parameters, such as \['w'\]"):
         tx.init({"w": jnp.ones((3, 3, 2, 4))})

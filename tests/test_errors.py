@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.experimental import checkify
 
 import adahessian_jax as ah
 
@@ -32,6 +33,7 @@ def through_sophia():
         update(optax.contrib.sophia(0.1, hessian_diagonal_fn=estimator), obj_fn=loss)
 
 
+GAUSS_NEWTON = ah.gauss_newton("softmax_cross_entropy")
 CONV = (jax.tree_util.DictKey("conv"),)
 
 # At construction: what is called, the error, the whole message or its beginning.
@@ -227,6 +229,76 @@ CONSTRUCTION = {
         TypeError,
         "unbiased must be True or False, got 'no'.",
     ),
+    "gauss_newton-unknown": (
+        lambda: ah.gauss_newton("cross_entropy"),
+        ValueError,
+        "loss must be one of 'softmax_cross_entropy', 'sigmoid_binary_cross_entropy',",
+    ),
+    "gauss_newton-number": (
+        lambda: ah.gauss_newton(2),
+        TypeError,
+        "loss must be a callable row -> scalar or the name of a loss, got 2.",
+    ),
+    "gauss_newton-n_samples": (
+        lambda: ah.gauss_newton("l2_loss", n_samples=0),
+        ValueError,
+        "n_samples must be >= 1, got 0.",
+    ),
+    "gauss_newton-method": (
+        lambda: ah.gauss_newton("l2_loss", method="labels"),
+        ValueError,
+        "method must be one of 'factor', 'hutchinson', 'sampled-labels', got 'labels'.",
+    ),
+    "gauss_newton-reduction": (
+        lambda: ah.gauss_newton("l2_loss", reduction="average"),
+        ValueError,
+        "reduction must be one of 'mean', 'sum', got 'average'.",
+    ),
+    "gauss_newton-event_ndim": (
+        lambda: ah.gauss_newton(jnp.square, event_ndim=2),
+        ValueError,
+        "event_ndim must be one of 0, 1, got 2.",
+    ),
+    "gauss_newton-no-labels-to-sample": (
+        lambda: ah.gauss_newton(jnp.square, method="sampled-labels"),
+        ValueError,
+        "method='sampled-labels' needs a loss that is the likelihood of a known",
+    ),
+    "gauss_newton-seed": (
+        lambda: ah.gauss_newton("l2_loss", seed="0"),
+        TypeError,
+        "seed must be an int or one PRNG key",
+    ),
+    "gauss_newton_control-unknown": (
+        lambda: ah.gauss_newton_control("mse"),
+        ValueError,
+        "loss must be one of 'softmax_cross_entropy',",
+    ),
+    "rank-zero": (
+        lambda: ah.low_rank_control(0),
+        ValueError,
+        "rank must be >= 1, got 0.",
+    ),
+    "rank-decay": (
+        lambda: ah.low_rank_control(2, decay=1.0),
+        ValueError,
+        "decay must lie in [0, 1), got 1.0.",
+    ),
+    "rank-shrinkage": (
+        lambda: ah.low_rank_control(2, shrinkage=-1),
+        ValueError,
+        "shrinkage must lie in [0, inf), got -1.",
+    ),
+    "microbatches-zero": (
+        lambda: ah.microbatched(ah.hutchinson(), 0),
+        ValueError,
+        "microbatches must be >= 1, got 0.",
+    ),
+    "microbatched-function": (
+        lambda: ah.microbatched(ah.hutchinson, 2),
+        TypeError,
+        "estimator must be an optax.GradientTransformation, as hutchinson() returns",
+    ),
     "spatial_ndim-zero": (
         lambda: ah.conv_spatial_average(0),
         ValueError,
@@ -284,12 +356,12 @@ USE = {
         lambda: update(params=None, obj_fn=loss),
         ValueError,
         "params must be given: the curvature is estimated at the parameters. Call"
-        " tx.update(grads, state, params, obj_fn=...).",
+        " tx.update(grads, state, params, ...).",
     ),
     "estimator-no-params": (
         lambda: estimate(ah.hutchinson(), params=None, obj_fn=loss),
         ValueError,
-        "params must be given: the Hessian is estimated at the parameters.",
+        "params must be given: the curvature is estimated at the parameters.",
     ),
     "obj_fn-not-callable": (
         lambda: update(obj_fn=3.0),
@@ -414,6 +486,152 @@ USE = {
         ValueError,
         "the probe must have the same tree structure as params.",
     ),
+    "no-predict_fn": (
+        lambda: update(ah.adahessian(0.1, estimator=GAUSS_NEWTON), obj_fn=loss),
+        ValueError,
+        "Gauss-Newton needs the network's outputs and got no predict_fn. Pass a"
+        " function of the parameters: tx.update(grads, state, params,"
+        " predict_fn=lambda p: model.apply(p, x)).",
+    ),
+    "predict_fn-array": (
+        lambda: estimate(GAUSS_NEWTON, predict_fn=jnp.ones(3)),
+        TypeError,
+        "predict_fn must be a callable params -> outputs, got Array",
+    ),
+    "outputs-integer": (
+        lambda: estimate(GAUSS_NEWTON, predict_fn=lambda p: jnp.arange(3)),
+        TypeError,
+        "predict_fn must return a floating-point array of outputs, or a tuple (outputs,"
+        " weights), got (3,).",
+    ),
+    "outputs-dict": (
+        lambda: estimate(GAUSS_NEWTON, predict_fn=lambda p: p),
+        TypeError,
+        "predict_fn must return a floating-point array of outputs, or a tuple (outputs,"
+        " weights), got {'b': {'c': (2,)}, 'w': (3,)}.",
+    ),
+    "outputs-without-classes": (
+        lambda: estimate(GAUSS_NEWTON, predict_fn=lambda p: p["w"][0]),
+        ValueError,
+        "predict_fn returned outputs of shape (), but the loss takes rows along the"
+        " last axis, the classes.",
+    ),
+    "outputs-one-class": (
+        lambda: estimate(GAUSS_NEWTON, predict_fn=lambda p: p["w"][:, None]),
+        ValueError,
+        "predict_fn returned outputs of shape (3, 1): softmax over one class has no"
+        " curvature. The classes must lie along the last axis; for one logit per row"
+        " use loss='sigmoid_binary_cross_entropy'.",
+    ),
+    "outputs-classes-first": (
+        lambda: estimate(
+            GAUSS_NEWTON,
+            predict_fn=lambda p: (jnp.ones((10, 4)) * p["w"][0], jnp.ones(4)),
+        ),
+        ValueError,
+        "weights of shape (4,) do not match outputs of shape (10, 4): they must have"
+        " the shape of its leading axes, (10,), the last axis being that of the"
+        " classes.",
+    ),
+    "outputs-nan": (
+        lambda: estimate(GAUSS_NEWTON, predict_fn=lambda p: p["w"] * jnp.nan),
+        ValueError,
+        "predict_fn returned outputs that are NaN.",
+    ),
+    "weights-shape": (
+        lambda: estimate(
+            ah.gauss_newton("l2_loss"), predict_fn=lambda p: (p["w"], jnp.ones((3, 1)))
+        ),
+        ValueError,
+        "weights of shape (3, 1) do not match outputs of shape (3,): they must have the"
+        " shape of its leading axes, (3,).",
+    ),
+    "weights-negative": (
+        lambda: estimate(
+            ah.gauss_newton("l2_loss"),
+            predict_fn=lambda p: (p["w"], jnp.array([1.0, -1.0, 1.0])),
+        ),
+        ValueError,
+        "weights must not be negative, got some.",
+    ),
+    "loss-not-convex": (
+        lambda: estimate(
+            ah.gauss_newton(lambda row: -jnp.sum(row**2)),
+            predict_fn=lambda p: p["w"][None],
+        ),
+        ValueError,
+        "loss must be convex in the outputs, but its second derivative there is"
+        " negative in some direction:",
+    ),
+    "element-loss-not-convex": (
+        lambda: estimate(
+            ah.gauss_newton(jnp.cos, event_ndim=0), predict_fn=lambda p: p["w"] * 0
+        ),
+        ValueError,
+        "loss must be convex in the outputs,",
+    ),
+    "gauss_newton-unbound-axis": (
+        lambda: estimate(
+            ah.gauss_newton("l2_loss", axis_name="batch"), predict_fn=lambda p: p["w"]
+        ),
+        ValueError,
+        "axis_name='batch' is not bound here:",
+    ),
+    "control-without-output_loss": (
+        lambda: estimate(
+            ah.hutchinson(control_variate=ah.gauss_newton_control("l2_loss")),
+            predict_fn=lambda p: p["w"],
+        ),
+        ValueError,
+        "gauss_newton_control needs the loss as a function of the outputs and got no"
+        " output_loss.",
+    ),
+    "control-output_loss-vector": (
+        lambda: estimate(
+            ah.hutchinson(control_variate=ah.gauss_newton_control("l2_loss")),
+            predict_fn=lambda p: p["w"],
+            output_loss=lambda f: f,
+        ),
+        TypeError,
+        "output_loss must return a scalar, got an array of shape (3,).",
+    ),
+    "rank-above-parameters": (
+        lambda: ah.hutchinson(control_variate=ah.low_rank_control(6)).init(W),
+        ValueError,
+        "rank must not exceed the number of parameters, 5, got 6.",
+    ),
+    "microbatched-without-batch": (
+        lambda: estimate(ah.microbatched(ah.hutchinson(), 2), obj_fn=loss),
+        ValueError,
+        "microbatched needs the batch to cut and got none.",
+    ),
+    "microbatched-indivisible": (
+        lambda: estimate(
+            ah.microbatched(ah.hutchinson(), 2), obj_fn=loss, batch={"x": jnp.ones(3)}
+        ),
+        ValueError,
+        "batch['x'] of shape (3,) cannot be cut along its first axis into 2 equal",
+    ),
+    "diagnostics-of-adam": (
+        lambda: ah.diagnostics(optax.adam(0.1).init(W)),
+        ValueError,
+        "state must contain the state of one scale_by_adahessian or adahessian, found",
+    ),
+    "diagnostics-estimate": (
+        lambda: ah.diagnostics(ah.adahessian(0.1).init(W), estimate={"w": W["w"]}),
+        ValueError,
+        "estimate must have the same tree structure as params. The leaf ['b']['c'] is",
+    ),
+    "diagnostics-nothing-to-compare": (
+        lambda: ah.diagnostics(ah.adahessian(0.1).init(W), previous_estimate=W),
+        ValueError,
+        "previous_estimate was given, but there is no estimate to compare it with",
+    ),
+    "diagnostics-nothing-clipped": (
+        lambda: ah.diagnostics(ah.adahessian(0.1).init(W), clip_threshold=1.0),
+        ValueError,
+        "clip_threshold was given, but no updates to look at",
+    ),
     "conv-too-few-axes": (
         lambda: ah.conv_spatial_average(3)(CONV, jnp.ones((3, 3, 2, 4))),
         ValueError,
@@ -457,3 +675,30 @@ def test_errors_are_raised_under_jit_too():
     tx = ah.adahessian(0.1, update_interval=2)
     with pytest.raises(ValueError, match="got no obj_fn"):
         jax.jit(lambda s: tx.update(W, s, W))(tx.init(W))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "predict_fn", "message"),
+    [
+        (GAUSS_NEWTON, lambda p: p["w"] * jnp.nan, "outputs that are NaN"),
+        (
+            ah.gauss_newton("l2_loss"),
+            lambda p: (p["w"], -jnp.ones(3)),
+            "weights must not be negative",
+        ),
+        (
+            ah.gauss_newton(lambda row: -jnp.sum(row**2)),
+            lambda p: p["w"][None],
+            "loss must be convex",
+        ),
+    ],
+    ids=["nan", "weights", "convex"],
+)
+def test_values_inside_jit_are_checked_by_checkify(estimator, predict_fn, message):
+    def step(state):
+        return estimator.update(None, state, W, predict_fn=predict_fn)
+
+    error, _ = jax.jit(checkify.checkify(step))(estimator.init(W))
+    with pytest.raises(ValueError, match=message):
+        error.throw()
+    jax.jit(step)(estimator.init(W))  # cannot see values, and does not raise

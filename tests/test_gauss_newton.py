@@ -461,3 +461,45 @@ def test_check_output_loss_finds_another_loss(x64):
     outputs = network()[1](network()[0])
     with pytest.raises(ValueError, match="another curvature than loss='l2_loss'"):
         ah.check_output_loss("l2_loss", lambda f: jnp.mean(jnp.exp(f)), outputs)
+
+
+def test_control_on_devices_with_parts_of_a_batch(x64):
+    """Equal parts: the estimate is that of the whole batch's Hessian."""
+    del x64
+    params, _ = network()
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(4, 3, FEATURES)))
+    y = jnp.asarray(rng.integers(0, CLASSES, size=(4, 3)))
+
+    def predict(p, x):
+        return jnp.dot(jnp.tanh(jnp.dot(jnp.tanh(jnp.dot(x, p["w"])), p["v"])), p["u"])
+
+    def output_loss(f, y):
+        picked = jnp.take_along_axis(f, y[:, None], axis=-1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(f, axis=-1) - picked)
+
+    def whole(p):
+        return output_loss(predict(p, x.reshape(12, -1)), y.ravel())
+
+    exact = ravel_pytree(exact_diag(whole, params))[0]
+    control = ah.gauss_newton_control("softmax_cross_entropy")
+
+    def one(key):
+        estimator = ah.hutchinson(
+            control_variate=control, seed=key, axis_name="devices"
+        )
+
+        def device(x, y):
+            diag, _ = estimator.update(
+                None,
+                estimator.init(params),
+                params,
+                predict_fn=lambda p: predict(p, x),
+                output_loss=lambda f: output_loss(f, y),
+            )
+            return ravel_pytree(diag)[0]
+
+        return jax.vmap(device, axis_name="devices")(x, y)[0]
+
+    keys = jax.random.split(jax.random.PRNGKey(2), 4000)
+    assert deviation(np.asarray(jax.jit(jax.vmap(one))(keys)), exact) < 4

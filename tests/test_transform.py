@@ -318,6 +318,14 @@ def test_mu_and_nu_dtypes(interval):
         assert (interval == 1) or state.hessian_diag["w"].dtype == jnp.float32
 
 
+def test_update_is_computed_before_mu_is_rounded():
+    tx = ah.scale_by_adahessian(eps=0.0, mu_dtype=jnp.bfloat16)
+    w = jnp.ones(2)
+    updates, state = tx.update(w / 3, tx.init(w), w, hessian_diag=w)
+    np.testing.assert_allclose(updates, 1 / 3, rtol=2e-5)
+    assert np.abs(np.asarray(state.mu, np.float32) * 10 * 3 - 1).max() > 1e-4
+
+
 def test_half_precision_is_accumulated_in_float32():
     """With f32 averages, bfloat16 gradients and curvatures lose nothing on the way."""
     tx = ah.scale_by_adahessian(mu_dtype=jnp.float32, nu_dtype=jnp.float32)

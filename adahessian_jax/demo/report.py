@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo shows at the end: a table, a summary and a plot."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich import box
+from rich.table import Table
+
+from adahessian_jax.demo.training import Curve, Run
+
+# Apart for every kind of colour vision, and dark enough on white.
+COLORS = {"Adam": "#d55e00", "AdaHessian": "#0072b2"}
+
+
+def table(runs: dict[str, Run]) -> Table:
+    """Lay out the figures of each run, one a row."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    result.add_column("", no_wrap=True)
+    for header in (
+        "training\nloss",
+        "test\nloss",
+        "test\naccuracy",
+        "compile\nseconds",
+        "training\nseconds",
+        "ms per\nstep",
+        "time vs\nAdam",
+    ):
+        result.add_column(header, justify="right", no_wrap=True)
+    for name, run in runs.items():
+        result.add_row(
+            f"[{COLORS[name]}]{name}",
+            f"{run.train.loss:.4f}",
+            f"{run.test.loss:.4f}",
+            f"{run.test.accuracy:.2%}",
+            f"{run.compile_seconds:.1f}",
+            f"{run.seconds:.1f}",
+            f"{step_ms(run):.1f}",
+            f"{step_ms(run) / step_ms(runs['Adam']):.2f}",
+        )
+    return result
+
+
+def summary(runs: dict[str, Run], *, n_labels: int) -> str:
+    """Say by how much the accuracies differ, and the times."""
+    adam, ada = runs["Adam"], runs["AdaHessian"]
+    # Of the figures as they are shown, so that they add up.
+    percents = [round(100 * run.test.accuracy, 2) for run in (ada, adam)]
+    points = percents[0] - percents[1]
+    ratio = step_ms(ada) / step_ms(adam)
+    return (
+        f"Test accuracy: AdaHessian {ada.test.accuracy:.2%}, Adam"
+        f" {adam.test.accuracy:.2%}.\n"
+        f"Difference: {points:+.2f} points, on {n_labels:,} labels and one seed.\n"
+        f"A step of AdaHessian took {ratio:.2f} times as long as one of Adam."
+    )
+
+
+def step_ms(run: Run) -> float:
+    """Return the mean duration of a step in milliseconds."""
+    return 1e3 * run.seconds / len(run.batch_curve.steps)
+
+
+def plot(runs: dict[str, Run], path: Path, *, title: str) -> None:
+    """Save the losses against steps and against seconds."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_step, by_second = figure.subplots(1, 2, sharey=True)
+    for name, run in runs.items():
+        batches = _binned(run.batch_curve, n_bins=50)
+        for axes, of in ((by_step, "steps"), (by_second, "seconds")):
+            color = COLORS[name]
+            axes.plot(getattr(batches, of), batches.losses, color=color, alpha=0.4)
+            x = getattr(run.test_curve, of)
+            axes.plot(x, run.test_curve.losses, color=color, lw=2, marker="o", ms=3)
+    by_step.set(xlabel="steps", ylabel="loss (cross-entropy)")
+    by_second.set(xlabel="seconds of training, without compilation")
+    _style(by_step, runs)
+    _style(by_second, runs)
+    figure.legend(
+        handles=_legend(runs), loc="outside lower center", ncols=4, frameon=False
+    )
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def _legend(runs: dict[str, Run]) -> list[Line2D]:
+    test = [Line2D([], [], color=COLORS[n], lw=2, marker="o", ms=3) for n in runs]
+    train = [Line2D([], [], color=COLORS[n], alpha=0.4) for n in runs]
+    for line, name in zip(test, runs, strict=True):
+        line.set_label(f"{name}, test")
+    for line, name in zip(train, runs, strict=True):
+        line.set_label(f"{name}, training batches")
+    return test + train
+
+
+def _style(axes: Axes, runs: dict[str, Run]) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    losses = np.concatenate([r.batch_curve.losses for r in runs.values()])
+    losses = losses[np.isfinite(losses) & (losses > 0)]
+    if len(losses) and losses.max() > 20 * losses.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+
+
+def _binned(curve: Curve, n_bins: int) -> Curve:
+    """Average a curve over stretches of steps."""
+    n_bins = min(n_bins, len(curve.steps))
+    steps, seconds, losses = (
+        [float(part.mean()) for part in np.array_split(np.asarray(column), n_bins)]
+        for column in curve
+    )
+    return Curve(steps, seconds, losses)
