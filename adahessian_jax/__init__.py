@@ -9,6 +9,9 @@ from adahessian_jax.control_variates import gauss_newton_control as gauss_newton
 from adahessian_jax.diagnostics import diagnostics as diagnostics
 from adahessian_jax.estimators import HutchinsonState as HutchinsonState
 from adahessian_jax.estimators import hutchinson as hutchinson
+from adahessian_jax.fused import (
+    value_and_grad_with_curvature as value_and_grad_with_curvature,
+)
 from adahessian_jax.gauss_newton import GaussNewtonState as GaussNewtonState
 from adahessian_jax.gauss_newton import gauss_newton as gauss_newton
 from adahessian_jax.hvp import hessian_diag as hessian_diag
@@ -21,6 +24,8 @@ from adahessian_jax.optimizers import adahessian as adahessian
 from adahessian_jax.output_losses import check_output_loss as check_output_loss
 from adahessian_jax.probes import normal_like as normal_like
 from adahessian_jax.probes import rademacher_like as rademacher_like
+from adahessian_jax.protocol import Curvature as Curvature
+from adahessian_jax.protocol import CurvatureEstimator as CurvatureEstimator
 from adahessian_jax.transform import ScaleByAdaHessianState as ScaleByAdaHessianState
 from adahessian_jax.transform import scale_by_adahessian as scale_by_adahessian
 
@@ -28,6 +33,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ControlVariate",
+    "Curvature",
+    "CurvatureEstimator",
     "GaussNewtonState",
     "HessianEMA",
     "HutchinsonState",
@@ -49,4 +56,5 @@ __all__ = [
     "normal_like",
     "rademacher_like",
     "scale_by_adahessian",
+    "value_and_grad_with_curvature",
 ]

@@ -160,29 +160,27 @@ def scalar_function(
     name: str, fun: Callable[[optax.Params], jax.Array]
 ) -> Callable[[optax.Params], jax.Array]:
     """Return ``fun`` with a check that its output is one floating-point scalar."""
+    return lambda params: check_scalar(name, fun(params))
 
-    def checked(params: optax.Params) -> jax.Array:
-        value: Any = fun(params)
-        if isinstance(value, tuple | list | dict) or not hasattr(value, "dtype"):
-            raise TypeError(
-                f"{name} must return one scalar array, the loss, got a"
-                f" {type(value).__name__}. If it also returns auxiliary values, drop"
-                f" them: {name}=lambda params: loss_fn(params, batch)[0]."
-            )
-        if jnp.shape(value) != ():
-            raise TypeError(
-                f"{name} must return a scalar, got an array of shape"
-                f" {jnp.shape(value)}. Reduce the losses of the examples first, with"
-                " jnp.mean for example."
-            )
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(
-                f"{name} must return a real floating-point loss, got dtype"
-                f" {value.dtype}."
-            )
-        return value
 
-    return checked
+def check_scalar(name: str, value: Any) -> jax.Array:
+    """Return ``value``; raise TypeError unless it is one floating-point scalar."""
+    if isinstance(value, tuple | list | dict) or not hasattr(value, "dtype"):
+        raise TypeError(
+            f"{name} must return one scalar array, the loss, got a"
+            f" {type(value).__name__}. If it also returns auxiliary values, drop"
+            f" them: {name}=lambda params: loss_fn(params, batch)[0]."
+        )
+    if jnp.shape(value) != ():
+        raise TypeError(
+            f"{name} must return a scalar, got an array of shape {jnp.shape(value)}."
+            " Reduce the losses of the examples first, with jnp.mean for example."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must return a real floating-point loss, got dtype {value.dtype}."
+        )
+    return value
 
 
 def raise_if(wrong: jax.Array, message: str) -> None:

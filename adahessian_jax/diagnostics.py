@@ -9,7 +9,7 @@ import optax
 
 from adahessian_jax.checks import check_float, check_like
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.transform import ScaleByAdaHessianState
+from adahessian_jax.transform import find_state
 
 
 def diagnostics(
@@ -64,7 +64,7 @@ def diagnostics(
       >>> float(report["trace"]), float(report["negative_share"])
       (-2.0, 0.5)
     """
-    inner = _find(state)
+    inner = find_state(state)
     report = {"count": inner.count, "refreshes": inner.refreshes}
     if estimate is None and inner.hessian_diag is not None:
         estimate = inner.hessian_diag
@@ -122,19 +122,6 @@ def diagnostics(
 
 
 _QUANTILES = (0.05, 0.5, 0.95)
-
-
-def _find(state: Any) -> ScaleByAdaHessianState:
-    def is_ours(x: Any) -> bool:
-        return isinstance(x, ScaleByAdaHessianState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
-    if len(found) != 1:
-        raise ValueError(
-            "state must contain the state of one scale_by_adahessian or adahessian,"
-            f" found {len(found)} of them."
-        )
-    return found[0]
 
 
 def _floats(tree: Any, like: Any) -> list[jax.Array]:

@@ -21,8 +21,10 @@ from adahessian_jax.checks import (
 )
 from adahessian_jax.control_variates import ControlVariate, multiply
 from adahessian_jax.dtypes import is_differentiable
-from adahessian_jax.hvp import check_mode, hvp
+from adahessian_jax.hvp import check_mode, hvp, value_grad_and_hvp
+from adahessian_jax.hvp import value_and_grad as value_and_grad_of
 from adahessian_jax.probes import as_key, axis_key, normal_like, rademacher_like
+from adahessian_jax.protocol import CurvatureEstimator
 
 Probe = Callable[[jax.Array, optax.Params], optax.Params]
 
@@ -44,7 +46,7 @@ def hutchinson(
     control_variate: ControlVariate | None = None,
     seed: int | jax.Array = 0,
     axis_name: str | tuple[str, ...] | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> CurvatureEstimator:
     r"""Estimate the Hessian's diagonal by Hutchinson's method.
 
     .. math::
@@ -146,20 +148,51 @@ def hutchinson(
     ) -> tuple[optax.Updates, HutchinsonState]:
         del updates
         check_params(params)
+        objective = None if obj_fn is None else _checked_objective(obj_fn)
+        _, diag, state = estimate(objective, state, params, False, extra_args)
+        return diag, state
+
+    def value_and_grad(
+        fun: Callable[[optax.Params], Any],
+        state: HutchinsonState,
+        params: optax.Params,
+        *,
+        has_aux: bool = False,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.Updates, optax.Updates, HutchinsonState]:
+        passes, diag, state = estimate(fun, state, params, has_aux, extra_args)
+        if not passes:  # the control variate probed another function
+            passes = [value_and_grad_of(fun, params, has_aux=has_aux)]
+        return *passes[0], diag, state
+
+    def estimate(
+        fun: Callable[[optax.Params], Any] | None,
+        state: HutchinsonState,
+        params: optax.Params,
+        has_aux: bool,
+        extra_args: dict[str, Any],
+    ) -> tuple[list[Any], optax.Updates, HutchinsonState]:
+        """Return values and gradients of the passes over ``fun``, and the estimate."""
         key, subkey = jax.random.split(state.key)
-        cv_state, samples = state.control_variate, []
+        cv_state, samples, passes = state.control_variate, [], []
         for sample_key in jax.random.split(axis_key(subkey, axis_name), n_samples):
             z = draw(sample_key, params)
             check_like("the probe", z, params)
 
             def product(
-                fun: Callable[[optax.Params], jax.Array] | None = None,
+                other: Callable[[optax.Params], jax.Array] | None = None,
                 z: optax.Params = z,
             ) -> optax.Updates:
                 """Multiply the probe by the Hessian, the objective's by default."""
+                if other is not None:
+                    return hvp(other, params, z, mode=mode)
                 if fun is None:
-                    fun = _checked_objective(obj_fn, extra_args)
-                return hvp(fun, params, z, mode=mode)
+                    raise ValueError(_needs_obj_fn(extra_args))
+                value, grads, y = value_grad_and_hvp(
+                    fun, params, z, mode=mode, has_aux=has_aux
+                )
+                passes.append((value, grads))
+                return y
 
             if control_variate is None:
                 d = multiply(z, product())
@@ -177,35 +210,25 @@ def hutchinson(
         diag = jax.tree.map(_mean, *samples)
         if axis_name is not None:
             diag = _average_over_axis(diag, axis_name)
-        return diag, HutchinsonState(key=key, control_variate=cv_state)
+        return passes, diag, HutchinsonState(key=key, control_variate=cv_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def as_estimator(estimator: Any) -> optax.GradientTransformationExtraArgs:
-    """Check that something is a transformation; let it take extra arguments."""
-    if not isinstance(estimator, optax.GradientTransformation):
-        raise TypeError(
-            "estimator must be an optax.GradientTransformation, as hutchinson()"
-            f" returns, got {estimator!r}."
-        )
-    return optax.with_extra_args_support(estimator)
+    return CurvatureEstimator(init_fn, update_fn, value_and_grad)
 
 
-def _checked_objective(
-    obj_fn: Any, extra_args: dict[str, Any]
-) -> Callable[[optax.Params], jax.Array]:
-    if obj_fn is None:
-        given = ", ".join(sorted(extra_args.keys() - {"hessian_ema"}))
-        raise ValueError(
-            "hutchinson needs the objective, to differentiate it twice, and got no"
-            f" obj_fn{f', only {given}' if given else ''}. Either pass it:"
-            " tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)). Or"
-            " pass an estimate of your own to the optimizer: tx.update(grads, state,"
-            " params, hessian_diag=diag)."
-        )
+def _checked_objective(obj_fn: Any) -> Callable[[optax.Params], jax.Array]:
     check_callable("obj_fn", obj_fn, "params -> loss")
     return scalar_function("obj_fn", obj_fn)
+
+
+def _needs_obj_fn(extra_args: dict[str, Any]) -> str:
+    given = ", ".join(sorted(extra_args.keys() - {"hessian_ema"}))
+    return (
+        "hutchinson needs the objective, to differentiate it twice, and got no"
+        f" obj_fn{f', only {given}' if given else ''}. Either pass it:"
+        " tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)). Or"
+        " pass an estimate of your own to the optimizer: tx.update(grads, state,"
+        " params, hessian_diag=diag)."
+    )
 
 
 def _mean(*samples: jax.Array) -> jax.Array:

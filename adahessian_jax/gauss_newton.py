@@ -21,11 +21,13 @@ from adahessian_jax.linearized import (
     LinearizedModel,
     factor_estimate,
     linearize,
+    linearize_with_loss,
     squared,
     wide,
 )
 from adahessian_jax.output_losses import OutputLoss, as_output_loss, row_weights
 from adahessian_jax.probes import as_key, axis_key, rademacher_like
+from adahessian_jax.protocol import CurvatureEstimator
 
 
 class GaussNewtonState(NamedTuple):
@@ -43,7 +45,7 @@ def gauss_newton(
     event_ndim: int = 1,
     seed: int | jax.Array = 0,
     axis_name: str | tuple[str, ...] | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> CurvatureEstimator:
     r"""Estimate the diagonal of the Gauss-Newton matrix from a network's outputs.
 
     For a loss :math:`\sum_r w_r \ell(f_r)` of the rows :math:`f_r` of a network's
@@ -163,22 +165,42 @@ def gauss_newton(
     ) -> tuple[optax.Updates, GaussNewtonState]:
         del updates, extra_args
         check_params(params)
-        key, subkey = jax.random.split(state.key)
-        keys = jax.random.split(axis_key(subkey, axis_name), n_samples)
+        key, keys = split_keys(state)
         model = linearize(predict_fn, params)
+        return estimate(keys, model, targets), GaussNewtonState(key)
+
+    def value_and_grad(
+        fun: Callable[[optax.Params], Any],
+        state: GaussNewtonState,
+        params: optax.Params,
+        *,
+        has_aux: bool = False,
+        targets: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.Updates, optax.Updates, GaussNewtonState]:
+        del extra_args
+        key, keys = split_keys(state)
+        model, value, grads = linearize_with_loss(fun, params, has_aux=has_aux)
+        diag = estimate(keys, model, targets)
+        return value, model.as_params(grads), diag, GaussNewtonState(key)
+
+    def split_keys(state: GaussNewtonState) -> tuple[jax.Array, jax.Array]:
+        key, subkey = jax.random.split(state.key)
+        return key, jax.random.split(axis_key(subkey, axis_name), n_samples)
+
+    def estimate(keys: jax.Array, model: LinearizedModel, targets: Any) -> Any:
         weights = row_weights(
             model.outputs, model.weights, output_loss.event_ndim, reduction, axis_name
         )
         samples = [
-            _METHODS[method](sample_key, output_loss, model, weights, targets)
-            for sample_key in keys
+            _METHODS[method](key, output_loss, model, weights, targets) for key in keys
         ]
         diag = [sum(d[1:], start=d[0]) / n_samples for d in zip(*samples, strict=True)]
         if axis_name is not None:
             diag = jax.lax.psum(diag, axis_name)
-        return model.as_params(diag), GaussNewtonState(key)
+        return model.as_params(diag)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return CurvatureEstimator(init_fn, update_fn, value_and_grad, needs_outputs=True)
 
 
 def _sampled_labels_estimate(

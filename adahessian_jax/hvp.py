@@ -18,7 +18,7 @@ from adahessian_jax.checks import (
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 
 Floats = list[jax.Array]
-Gradient = Callable[[Floats], Floats]
+Gradient = Callable[[Floats], tuple[Floats, Any]]
 
 
 def hvp(
@@ -77,20 +77,53 @@ def hvp(
       max-pooling), the two gradients straddle kinks and the difference measures those
       instead, often many times the curvature. It costs two gradients.
     """
+    checked = scalar_function("fun", fun)
+    return value_grad_and_hvp(checked, params, tangents, mode=mode)[2]
+
+
+def value_grad_and_hvp(
+    fun: Callable[[optax.Params], Any],
+    params: optax.Params,
+    tangents: optax.Params,
+    *,
+    mode: str = "forward-over-reverse",
+    has_aux: bool = False,
+) -> tuple[Any, optax.Updates, optax.Updates]:
+    """Multiply by the Hessian and return the value and gradient of the same pass.
+
+    Args:
+      fun: maps parameters to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
+      params: as in :func:`hvp`.
+      tangents: as in :func:`hvp`.
+      mode: as in :func:`hvp`.
+      has_aux: whether ``fun`` returns auxiliary values as well.
+
+    Returns:
+      What ``fun`` returns, its gradient and the product; gradient and product of the
+      structure, shapes and dtypes of ``params``, zero at the leaves held fixed.
+    """
     check_mode(mode)
     check_real("params", params)
     check_like("tangents", tangents, params)
     floats, rebuild = split_differentiable(params)
+    fixed = jax.tree.map(jnp.zeros_like, params)
     if not floats:
-        return jax.tree.map(jnp.zeros_like, params)
+        return fun(params), fixed, fixed
     vectors = [
         jnp.asarray(v, x.dtype)
         for v, x in zip(split_differentiable(tangents, params)[0], floats, strict=True)
     ]
-    gradient = _gradient(fun, rebuild)
-    fixed = jax.tree.map(jnp.zeros_like, params)
-    _, rebuild_product = split_differentiable(fixed)
-    return rebuild_product(_MODES[mode](gradient, floats, vectors))
+    _, rebuild_fixed = split_differentiable(fixed)
+
+    def gradient(floats: Floats) -> tuple[Floats, Any]:
+        value, grads = jax.value_and_grad(fun_of_floats, has_aux=has_aux)(floats)
+        return grads, value
+
+    def fun_of_floats(floats: Floats) -> Any:
+        return fun(rebuild(floats))
+
+    grads, value, product = _MODES[mode](gradient, floats, vectors)
+    return value, rebuild_fixed(grads), rebuild_fixed(product)
 
 
 def hessian_diag(
@@ -136,7 +169,8 @@ def hessian_diag(
     n = starts.pop()
     if n == 0:
         return fixed
-    gradient = _gradient(fun, rebuild)
+    checked = scalar_function("fun", fun)
+    gradient = jax.grad(lambda floats: checked(rebuild(floats)))
     widest = accumulation_dtype(*floats)
 
     def entry(index: jax.Array) -> jax.Array:
@@ -161,6 +195,18 @@ def hessian_diag(
             for start, x in zip(starts, floats, strict=True)
         ]
     )
+
+
+def value_and_grad(
+    fun: Callable[[optax.Params], Any], params: optax.Params, *, has_aux: bool = False
+) -> tuple[Any, optax.Updates]:
+    """Do as ``jax.value_and_grad``, with zeros for leaves that are held fixed."""
+    floats, rebuild = split_differentiable(params)
+    value, grads = jax.value_and_grad(
+        lambda floats: fun(rebuild(floats)), has_aux=has_aux
+    )(floats)
+    _, rebuild_grads = split_differentiable(jax.tree.map(jnp.zeros_like, params))
+    return value, rebuild_grads(grads)
 
 
 def check_mode(mode: str) -> None:
@@ -193,33 +239,35 @@ def split_differentiable(
     return [jnp.asarray(leaves[i]) for i in where], rebuild
 
 
-def _gradient(
-    fun: Callable[[optax.Params], jax.Array], rebuild: Callable[[Floats], optax.Params]
-) -> Gradient:
-    checked = scalar_function("fun", fun)
-    return jax.grad(lambda floats: checked(rebuild(floats)))
+def _forward_over_reverse(
+    gradient: Gradient, x: Floats, v: Floats
+) -> tuple[Floats, Any, Floats]:
+    grads, product, value = jax.jvp(gradient, (x,), (v,), has_aux=True)
+    return grads, value, product
 
 
-def _forward_over_reverse(gradient: Gradient, x: Floats, v: Floats) -> Floats:
-    return jax.jvp(gradient, (x,), (v,))[1]
-
-
-def _reverse_over_reverse(gradient: Gradient, x: Floats, v: Floats) -> Floats:
+def _reverse_over_reverse(
+    gradient: Gradient, x: Floats, v: Floats
+) -> tuple[Floats, Any, Floats]:
     # The vjp multiplies by the transposed Hessian, which is the Hessian.
-    return jax.vjp(gradient, x)[1](v)[0]
+    grads, vjp, value = jax.vjp(gradient, x, has_aux=True)
+    return grads, value, vjp(v)[0]
 
 
-def _finite_difference(gradient: Gradient, x: Floats, v: Floats) -> Floats:
+def _finite_difference(
+    gradient: Gradient, x: Floats, v: Floats
+) -> tuple[Floats, Any, Floats]:
     rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in x)
     tiny = float(jnp.finfo(jnp.float32).tiny)
     step = rounding ** (1 / 3) * (1 + _norm(x)) / jnp.maximum(_norm(v), tiny)
     ahead, behind = (
-        gradient([a + s.astype(a.dtype) * b for a, b in zip(x, v, strict=True)])
+        gradient([a + s.astype(a.dtype) * b for a, b in zip(x, v, strict=True)])[0]
         for s in (step, -step)
     )
-    return [
+    product = [
         (p - m) / (2 * step).astype(p.dtype) for p, m in zip(ahead, behind, strict=True)
     ]
+    return *gradient(x), product
 
 
 def _norm(leaves: Floats) -> jax.Array:

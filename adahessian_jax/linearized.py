@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adahessian_jax.checks import check_callable, raise_if
+from adahessian_jax.checks import check_callable, check_scalar, raise_if
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.hvp import Floats, split_differentiable
 from adahessian_jax.output_losses import OutputLoss
@@ -42,41 +42,73 @@ def linearize(
             " use hutchinson, which takes obj_fn."
         )
     check_callable("predict_fn", predict_fn, "params -> outputs")
-    floats, rebuild = split_differentiable(params)
 
-    def predict(params: optax.Params) -> tuple[jax.Array, Any]:
-        result = predict_fn(params)
+    def with_loss_of_zero(params: optax.Params) -> Any:
+        return jnp.zeros(()), predict_fn(params)
+
+    return _linearize(with_loss_of_zero, params, "predict_fn", has_aux=False)[0]
+
+
+def linearize_with_loss(
+    loss_fn: Callable[[optax.Params], Any], params: optax.Params, *, has_aux: bool
+) -> tuple[LinearizedModel, Any, Floats]:
+    """Do as :func:`linearize` for a function that returns loss and outputs.
+
+    Returns:
+      The model, the loss (or ``(loss, aux)``) and its gradient, from one forward pass.
+    """
+    return _linearize(loss_fn, params, "loss_fn", has_aux=has_aux)
+
+
+def _linearize(
+    loss_fn: Callable[[optax.Params], Any],
+    params: optax.Params,
+    name: str,
+    *,
+    has_aux: bool,
+) -> tuple[LinearizedModel, Any, Floats]:
+    floats, rebuild = split_differentiable(params)
+    _, rebuild_diag = split_differentiable(jax.tree.map(jnp.zeros_like, params))
+
+    def loss_and_outputs(params: optax.Params) -> tuple[Any, Any]:
+        out = loss_fn(params)
+        out, aux = out if has_aux else (out, None)
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                f"{name} must return (loss, outputs) for a Gauss-Newton estimator, or"
+                " (loss, (outputs, weights)), and with has_aux a pair of that and the"
+                f" auxiliary values, got {jax.tree.map(jnp.shape, out)}."
+            )
+        loss, result = out
         outputs, weights = result if isinstance(result, tuple) else (result, None)
         if not hasattr(outputs, "dtype") or not is_differentiable(outputs):
             raise TypeError(
-                "predict_fn must return a floating-point array of outputs, or a tuple"
+                f"{name} must return a floating-point array of outputs, or a tuple"
                 f" (outputs, weights), got {jax.tree.map(jnp.shape, result)}."
             )
-        return outputs, weights
+        return (check_scalar(name, loss), outputs), (weights, aux)
 
-    outputs, pullback, weights = jax.vjp(
-        lambda x: predict(rebuild(x)), floats, has_aux=True
+    (loss, outputs), pullback, (weights, aux) = jax.vjp(
+        lambda x: loss_and_outputs(rebuild(x)), floats, has_aux=True
     )
-    raise_if(jnp.any(jnp.isnan(outputs)), "predict_fn returned outputs that are NaN.")
-
-    def as_params(leaves: Floats) -> optax.Params:
-        _, rebuild_zeros = split_differentiable(jax.tree.map(jnp.zeros_like, params))
-        return rebuild_zeros(
-            [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
-        )
+    raise_if(jnp.any(jnp.isnan(outputs)), f"{name} returned outputs that are NaN.")
 
     def outputs_of(x: Floats) -> jax.Array:
-        return predict(rebuild(x))[0]
+        return loss_and_outputs(rebuild(x))[0][1]
 
-    return LinearizedModel(
-        predict=lambda params: predict(params)[0],
+    model = LinearizedModel(
+        predict=lambda params: loss_and_outputs(params)[0][1],
         outputs=outputs,
         weights=weights,
-        pullback=lambda s: pullback(s.astype(outputs.dtype))[0],
+        pullback=lambda s: pullback((jnp.zeros_like(loss), s.astype(outputs.dtype)))[0],
         pushforward=lambda z: jax.jvp(outputs_of, (floats,), (z,))[1],
         floats=floats,
-        as_params=as_params,
+        as_params=lambda leaves: rebuild_diag(
+            [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
+        ),
     )
+    (grads,) = pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))
+    return model, (loss, aux) if has_aux else loss, grads
 
 
 def factor_estimate(

@@ -9,7 +9,7 @@ import optax
 
 from adahessian_jax.checks import check_flag, check_int
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.estimators import as_estimator
+from adahessian_jax.protocol import as_estimator
 
 
 def microbatched(

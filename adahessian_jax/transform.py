@@ -19,10 +19,12 @@ from adahessian_jax.checks import (
     check_like,
     check_params,
     check_real,
+    raise_if,
 )
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.estimators import as_estimator, hutchinson
+from adahessian_jax.estimators import hutchinson
 from adahessian_jax.moving_average import HessianEMA, as_dtype, debias, ema
+from adahessian_jax.protocol import Curvature, as_estimator
 
 
 class ScaleByAdaHessianState(NamedTuple):
@@ -34,6 +36,7 @@ class ScaleByAdaHessianState(NamedTuple):
     mu: optax.Updates  # EMA of the gradient
     nu: optax.Updates  # EMA of the curvature, at the size that averaging leaves
     hessian_diag: optax.Updates | None  # the last estimate, where it is used again
+    refresh_due: jax.Array | None  # bool, shape (): next time; None for every time
     estimator_state: optax.OptState
 
 
@@ -128,6 +131,7 @@ def scale_by_adahessian(
             mu=_zeros_like(params, mu_dtype),
             nu=nu,
             hessian_diag=_zeros_like(nu) if keep_estimate else None,
+            refresh_due=None if always else jnp.array(True),
             estimator_state=estimator.init(params),
         )
 
@@ -137,6 +141,7 @@ def scale_by_adahessian(
         params: optax.Params | None = None,
         *,
         hessian_diag: optax.Updates | None = None,
+        curvature: Curvature | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         check_params(params)
@@ -145,44 +150,52 @@ def scale_by_adahessian(
             seen = state.count if reuse_estimate else state.refreshes
             extra_args["hessian_ema"] = HessianEMA(state.nu, b2, seen)
 
-        def estimate(estimator_state: Any) -> tuple[optax.Updates, Any]:
-            if hessian_diag is None:
-                diag, estimator_state = estimator.update(
-                    updates, estimator_state, params, **extra_args
-                )
-                check_like("the estimator's diagonal", diag, params)
-            else:
-                diag = hessian_diag
-                check_like("hessian_diag", diag, params)
-            return _cast_like(_average(averaging, diag), state.nu), estimator_state
+        def averaged(name: str, diag: optax.Updates) -> optax.Updates:
+            check_like(name, diag, params)
+            return _cast_like(_average(averaging, diag), state.nu)
 
         def accumulate(diag: optax.Updates) -> optax.Updates:
             nu = jax.tree.map(lambda d, v: ema(b2, d, v, order), diag, state.nu)
             return _cast_like(nu, state.nu)
 
         def fresh(estimator_state: Any) -> tuple[optax.Updates, Any]:
-            diag, estimator_state = estimate(estimator_state)
+            if curvature is not None:
+                estimator_state = curvature.estimator_state
+                diag = averaged("curvature", curvature.hessian_diag)
+            elif hessian_diag is not None:
+                diag = averaged("hessian_diag", hessian_diag)
+            else:
+                diag, estimator_state = estimator.update(
+                    updates, estimator_state, params, **extra_args
+                )
+                diag = averaged("the estimator's diagonal", diag)
             return diag if keep_estimate else accumulate(diag), estimator_state
 
         def kept(estimator_state: Any) -> tuple[optax.Updates, Any]:
             return state.hessian_diag if keep_estimate else state.nu, estimator_state
 
-        if always:
-            refresh = jnp.array(True)
-            curvature, estimator_state = fresh(state.estimator_state)
+        refresh: bool | jax.Array | None = state.refresh_due
+        if curvature is not None:
+            _check_curvature(curvature, state)
+            refresh = curvature.refreshed
+        if refresh is None:
+            refresh = curvature is None or curvature.hessian_diag is not None
+            choose = fresh if refresh else kept
+            chosen, estimator_state = choose(state.estimator_state)
         else:
-            due = state.count % update_interval == 0
-            refresh = due | (state.count < initial_refreshes)
-            curvature, estimator_state = jax.lax.cond(
+            chosen, estimator_state = jax.lax.cond(
                 refresh, fresh, kept, state.estimator_state
             )
-        nu = accumulate(curvature) if keep_estimate else curvature
+        nu = accumulate(chosen) if keep_estimate else chosen
         mu = jax.tree.map(lambda g, m: ema(b1, g, m, 1), updates, state.mu)
         count = optax.safe_increment(state.count)
         refreshes = jnp.where(
             refresh, optax.safe_increment(state.refreshes), state.refreshes
         )
         mu_scale = debias(b1, count)
+        if curvature is not None:
+            # Nothing can be raised inside jit: a mistake must not pass unnoticed.
+            mu_scale = jnp.where(curvature.count == state.count, mu_scale, jnp.nan)
         nu_scale = debias(b2, count if reuse_estimate else refreshes)
 
         def rescale(g: Any, p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
@@ -203,11 +216,56 @@ def scale_by_adahessian(
             refreshes=refreshes,
             mu=_cast_like(mu, state.mu),
             nu=nu,
-            hessian_diag=curvature if keep_estimate else None,
+            hessian_diag=chosen if keep_estimate else None,
+            refresh_due=None
+            if always
+            else (count % update_interval == 0) | (count < initial_refreshes),
             estimator_state=estimator_state,
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def find_state(state: optax.OptState) -> ScaleByAdaHessianState:
+    """Return the one state of AdaHessian inside that of a chain or wrapper."""
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, ScaleByAdaHessianState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(
+            "state must contain the state of one scale_by_adahessian or adahessian,"
+            f" found {len(found)} of them."
+        )
+    return found[0]
+
+
+def _check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "curvature must be what value_and_grad_with_curvature returned, got"
+            f" {curvature!r}. For an estimate of your own use hessian_diag."
+        )
+    ours: Any = jax.tree.structure(state.estimator_state)
+    theirs: Any = jax.tree.structure(curvature.estimator_state)
+    if ours != theirs:
+        raise ValueError(
+            "curvature comes from another estimator than the optimizer's: its state is"
+            f" {theirs}, the optimizer's {ours}. Give both the same estimator."
+        )
+    raise_if(
+        curvature.count != state.count,
+        "curvature was computed for another state of the optimizer: call"
+        " value_and_grad_with_curvature's function with the state that is given to"
+        " update.",
+    )
+    if curvature.hessian_diag is None:
+        raise_if(
+            state.refreshes == 0,
+            "refresh=False before any estimate was made: the first call needs"
+            " refresh=True or None.",
+        )
 
 
 def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> Any:

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Value, gradient and curvature of a loss from one pass over the network."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adahessian_jax.checks import check_callable, check_flag, check_int, check_params
+from adahessian_jax.dtypes import is_differentiable
+from adahessian_jax.hvp import value_and_grad
+from adahessian_jax.protocol import Curvature, CurvatureEstimator, as_estimator
+from adahessian_jax.transform import find_state
+
+
+def value_and_grad_with_curvature(
+    loss_fn: Callable[..., Any],
+    estimator: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    curvature_batch: int | None = None,
+) -> Callable[..., tuple[Any, optax.Updates, Curvature]]:
+    r"""Make a function like ``jax.value_and_grad`` that also estimates the curvature.
+
+    Calling ``tx.update(..., obj_fn=...)`` leaves it to the compiler to find out that
+    gradient and Hessian-vector product share most of their work. This function computes
+    them in one pass: ``jax.jvp`` of ``jax.value_and_grad`` for Hutchinson's estimator,
+    and one forward pass with two pullbacks for Gauss-Newton.
+
+    Args:
+      loss_fn: ``(params, *batch)`` to the loss, or to ``(loss, aux)`` with ``has_aux``.
+        For :func:`adahessian_jax.gauss_newton` it returns ``(loss, outputs)`` in place
+        of the loss, or ``(loss, (outputs, weights))``.
+      estimator: the one that the optimizer was made with.
+      has_aux: whether ``loss_fn`` returns auxiliary values, such as new batch
+        statistics, as well.
+      curvature_batch: estimate from so many first examples of each array of the batch
+        only. The loss must be a mean over examples. Without ``has_aux`` the two parts
+        of the batch are passed through the network one after the other, which costs
+        nothing extra but is wrong if examples influence each other, as in batch
+        normalisation; with ``has_aux`` the value, gradient and auxiliary values are
+        those of the whole batch, and the curvature that of the first examples passed
+        through the network again, with statistics of their own.
+
+    Returns:
+      A function ``(params, *batch, state, refresh=None)`` to ``(value, grads,
+      curvature)``, with ``value`` and ``grads`` as from ``jax.value_and_grad`` and
+      ``curvature`` for ``tx.update(grads, state, params, curvature=curvature)``.
+      ``state`` is the optimizer's. ``refresh`` says whether to estimate: True or False
+      choose one of two programs as they are compiled, which is the fast way for
+      convolutional networks on CPU, and None follows the optimizer's
+      ``update_interval``, inside a ``jax.lax.cond`` if it is above 1.
+
+    Raises:
+      ValueError: if ``curvature_batch`` < 1; at the call, if ``params`` or the
+        optimizer's state is missing, or an array of the batch has fewer examples.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> def loss_fn(w, x, y): return jnp.mean((x @ w - y) ** 2)
+      >>> estimator = ah.hutchinson()
+      >>> tx = ah.adahessian(0.1, estimator=estimator, update_interval=10)
+      >>> value_and_grad = ah.value_and_grad_with_curvature(loss_fn, estimator)
+      >>> w, x, y = jnp.zeros(2), jnp.eye(2), jnp.ones(2)
+      >>> state = tx.init(w)
+      >>> loss, grads, curvature = value_and_grad(w, x, y, state=state)
+      >>> updates, state = tx.update(grads, state, w, curvature=curvature)
+
+    .. note::
+      Dropout is right if ``loss_fn`` takes its key from the batch: one call uses one
+      mask for value, gradient and curvature.
+    """
+    check_callable("loss_fn", loss_fn, "(params, *batch) -> loss")
+    estimator = as_estimator(estimator)
+    check_flag("has_aux", has_aux)
+    if curvature_batch is not None:
+        check_int("curvature_batch", curvature_batch, 1)
+    needs_outputs = getattr(estimator, "needs_outputs", False)
+
+    def loss_only(params: optax.Params, *batch: Any) -> Any:
+        out = loss_fn(params, *batch)
+        if not needs_outputs:
+            return out
+        return (out[0][0], out[1]) if has_aux else out[0]
+
+    def plain(params: optax.Params, batch: Batch) -> tuple[Any, optax.Updates]:
+        return value_and_grad(lambda p: loss_only(p, *batch), params, has_aux=has_aux)
+
+    def with_estimate(
+        params: optax.Params, batch: Batch, state: Any, extra_args: dict[str, Any]
+    ) -> tuple[Any, optax.Updates, optax.Updates, Any]:
+        if isinstance(estimator, CurvatureEstimator):
+            return estimator.value_and_grad(
+                lambda p: loss_fn(p, *batch),
+                state,
+                params,
+                has_aux=has_aux,
+                **extra_args,
+            )
+
+        def objective(params: optax.Params) -> jax.Array:
+            out = loss_only(params, *batch)
+            return out[0] if has_aux else out
+
+        value, grads = plain(params, batch)
+        extra_args = {"obj_fn": objective, **extra_args}
+        diag, state = estimator.update(grads, state, params, **extra_args)
+        return value, grads, diag, state
+
+    def with_estimate_on_part(
+        params: optax.Params, batch: Batch, state: Any, extra_args: dict[str, Any]
+    ) -> tuple[Any, optax.Updates, optax.Updates, Any]:
+        n, size = curvature_batch, _batch_size(batch, curvature_batch)
+        if n is None or n == size:
+            return with_estimate(params, batch, state, extra_args)
+        first, rest = (
+            jax.tree.map(lambda x, part=part: x[part], batch)
+            for part in (slice(n), slice(n, None))
+        )
+        first_value, first_grads, diag, state = with_estimate(
+            params, first, state, extra_args
+        )
+        if has_aux:
+            return *plain(params, batch), diag, state
+        rest_value, rest_grads = plain(params, rest)
+        share = n / size
+
+        def mean(a: jax.Array, b: jax.Array) -> jax.Array:
+            return share * a + (1 - share) * b if is_differentiable(a) else a
+
+        value = mean(first_value, rest_value)
+        return value, jax.tree.map(mean, first_grads, rest_grads), diag, state
+
+    def value_and_grad_fn(
+        params: optax.Params,
+        *batch: Any,
+        state: optax.OptState = None,
+        refresh: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.Updates, Curvature]:
+        check_params(params)
+        if refresh is not None:
+            check_flag("refresh", refresh)
+        inner = find_state(state)
+        if refresh is None and inner.refresh_due is None:
+            refresh = True
+
+        def fresh(estimator_state: Any) -> tuple[Any, ...]:
+            return with_estimate_on_part(params, batch, estimator_state, extra_args)
+
+        def kept(estimator_state: Any) -> tuple[Any, ...]:
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            return *plain(params, batch), zeros, estimator_state
+
+        if refresh is None:
+            value, grads, diag, estimator_state = jax.lax.cond(
+                inner.refresh_due, fresh, kept, inner.estimator_state
+            )
+        else:
+            value, grads, diag, estimator_state = (fresh if refresh else kept)(
+                inner.estimator_state
+            )
+        return (
+            value,
+            grads,
+            Curvature(
+                hessian_diag=None if refresh is False else diag,
+                estimator_state=estimator_state,
+                count=inner.count,
+                refreshed=inner.refresh_due if refresh is None else None,
+            ),
+        )
+
+    return value_and_grad_fn
+
+
+Batch = tuple[Any, ...]
+
+
+def _batch_size(batch: Batch, part: int | None) -> int:
+    sizes = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
+    if part is not None and (len(sizes) != 1 or min(sizes) < part):
+        raise ValueError(
+            f"curvature_batch={part} needs arrays of at least {part} examples, all of"
+            " the same number along their first axis, got"
+            f" {[jnp.shape(x) for x in jax.tree.leaves(batch)]}."
+        )
+    return max(sizes, default=0)

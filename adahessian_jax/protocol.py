@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an estimator of curvature is, and what it hands to the optimizer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+
+class CurvatureEstimator(optax.GradientTransformationExtraArgs):
+    """An estimator that can share its pass over the network with the gradient.
+
+    It is an ``optax.GradientTransformationExtraArgs`` whose ``update`` returns the
+    Hessian's diagonal in place of the updates; any such transformation is accepted
+    where this library takes an estimator. This one has two more attributes.
+
+    Attributes:
+      value_and_grad: ``(loss_fn, state, params, *, has_aux, **extra_args)`` to
+        ``(value, grads, diag, state)``, as ``jax.value_and_grad(loss_fn, has_aux)``
+        and ``update`` together, from one pass.
+      needs_outputs: whether ``loss_fn`` returns ``(loss, outputs)`` in place of the
+        loss.
+    """
+
+    value_and_grad: Callable[..., tuple[Any, optax.Updates, optax.Updates, Any]]
+    needs_outputs: bool
+
+    def __new__(
+        cls,
+        init: Callable[..., Any],
+        update: Callable[..., Any],
+        value_and_grad: Callable[..., Any],
+        needs_outputs: bool = False,
+    ) -> "CurvatureEstimator":
+        """Make an estimator of its functions."""
+        self = super().__new__(cls, init, update)
+        self.value_and_grad = value_and_grad
+        self.needs_outputs = needs_outputs
+        return self
+
+
+class Curvature(NamedTuple):
+    """An estimate, or word that there is none, on its way to the optimizer."""
+
+    hessian_diag: optax.Updates | None  # None where no estimate was made
+    estimator_state: Any
+    # The optimizer's count when it was made; hides tuple.count.
+    count: jax.Array  # type: ignore[assignment]
+    # Whether hessian_diag is an estimate, if that was decided while running.
+    refreshed: jax.Array | None
+
+
+def as_estimator(estimator: Any) -> optax.GradientTransformationExtraArgs:
+    """Check that something is a transformation; let it take extra arguments."""
+    if not isinstance(estimator, optax.GradientTransformation):
+        raise TypeError(
+            "estimator must be an optax.GradientTransformation, as hutchinson()"
+            f" returns, got {estimator!r}."
+        )
+    return optax.with_extra_args_support(estimator)

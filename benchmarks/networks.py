@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks that step costs are measured on, in plain JAX.
+
+Each function returns a :class:`Network`: initial parameters, the arrays of one batch,
+and a loss of ``(params, *batch)`` that returns ``((loss, outputs), new_statistics)``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Params = Any
+
+
+class Network(NamedTuple):
+    """A network with one batch of made-up data."""
+
+    params: Params
+    batch: tuple[jax.Array, ...]
+    loss_fn: Callable[..., Any]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Average the cross-entropy over all labels."""
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
+
+
+def mlp(widths: tuple[int, ...] = (784, 512, 512, 10), batch: int = 128) -> Network:
+    """Return a ReLU network of dense layers."""
+    keys = iter(jax.random.split(jax.random.key(0), 2 * len(widths)))
+    params = [
+        {"w": _dense(next(keys), m, n), "b": jnp.zeros(n)}
+        for m, n in zip(widths[:-1], widths[1:], strict=True)
+    ]
+    x = jax.random.normal(next(keys), (batch, widths[0]))
+    y = jax.random.randint(next(keys), (batch,), 0, widths[-1])
+
+    def loss_fn(params: Params, x: jax.Array, y: jax.Array) -> Any:
+        for layer in params[:-1]:
+            x = jax.nn.relu(jnp.dot(x, layer["w"]) + layer["b"])
+        logits = jnp.dot(x, params[-1]["w"]) + params[-1]["b"]
+        return (cross_entropy(logits, y), logits), ()
+
+    return Network(params, (x, y), loss_fn)
+
+
+def gpt(
+    layers: int = 2,
+    width: int = 128,
+    heads: int = 4,
+    length: int = 128,
+    vocabulary: int = 65,
+    batch: int = 8,
+) -> Network:
+    """Return a decoder-only transformer with learned positions."""
+    keys = iter(jax.random.split(jax.random.key(0), 6 * layers + 4))
+
+    def block() -> Params:
+        return {
+            "qkv": _dense(next(keys), width, 3 * width),
+            "out": _dense(next(keys), width, width),
+            "up": _dense(next(keys), width, 4 * width),
+            "down": _dense(next(keys), 4 * width, width),
+            "norm1": jnp.ones(width),
+            "norm2": jnp.ones(width),
+        }
+
+    params = {
+        "embedding": jax.random.normal(next(keys), (vocabulary, width)) / 10,
+        "positions": jax.random.normal(next(keys), (length, width)) / 10,
+        "blocks": [block() for _ in range(layers)],
+        "norm": jnp.ones(width),
+        "head": _dense(next(keys), width, vocabulary),
+    }
+    tokens = jax.random.randint(next(keys), (batch, length + 1), 0, vocabulary)
+    mask = jnp.tril(jnp.ones((length, length), bool))
+
+    def attend(x: jax.Array, p: Params) -> jax.Array:
+        b, t, _ = x.shape
+        qkv = jnp.dot(x, p["qkv"]).reshape(b, t, 3, heads, width // heads)
+        q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
+        scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / (width // heads) ** 0.5
+        weights = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1)
+        mixed = jnp.einsum("bhts,bhsd->bhtd", weights, v)
+        return jnp.dot(mixed.swapaxes(1, 2).reshape(b, t, width), p["out"])
+
+    def loss_fn(params: Params, tokens: jax.Array) -> Any:
+        x = params["embedding"][tokens[:, :-1]] + params["positions"]
+        for p in params["blocks"]:
+            x = x + attend(_layer_norm(x, p["norm1"]), p)
+            hidden = jax.nn.gelu(jnp.dot(_layer_norm(x, p["norm2"]), p["up"]))
+            x = x + jnp.dot(hidden, p["down"])
+        logits = jnp.dot(_layer_norm(x, params["norm"]), params["head"])
+        return (cross_entropy(logits, tokens[:, 1:]), logits), ()
+
+    return Network(params, (tokens,), loss_fn)
+
+
+def resnet(blocks_per_stage: int = 1, batch: int = 32) -> Network:
+    """Return a CIFAR ResNet of 6n + 2 layers with batch normalisation."""
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    widths = (16, 32, 64)
+
+    def conv(size: int, m: int, n: int) -> jax.Array:
+        scale = (2 / (size * size * m)) ** 0.5
+        return scale * jax.random.normal(next(keys), (size, size, m, n))
+
+    def unit(size: int, m: int, n: int) -> Params:
+        return {"conv": conv(size, m, n), "scale": jnp.ones(n), "bias": jnp.zeros(n)}
+
+    stages, m = [], 16
+    for n in widths:
+        stage = []
+        for _ in range(blocks_per_stage):
+            block = {"a": unit(3, m, n), "b": unit(3, n, n)}
+            if m != n:
+                block["skip"] = unit(1, m, n)
+            stage.append(block)
+            m = n
+        stages.append(stage)
+    params = {
+        "stem": unit(3, 3, 16),
+        "stages": stages,
+        "head": {"w": _dense(next(keys), 64, 10), "b": jnp.zeros(10)},
+    }
+    x = jax.random.normal(next(keys), (batch, 32, 32, 3))
+    y = jax.random.randint(next(keys), (batch,), 0, 10)
+
+    def loss_fn(params: Params, x: jax.Array, y: jax.Array) -> Any:
+        statistics = []
+
+        def apply(p: Params, x: jax.Array, stride: int = 1) -> jax.Array:
+            x = jax.lax.conv_general_dilated(
+                x,
+                p["conv"],
+                (stride, stride),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            mean = jnp.mean(x, axis=(0, 1, 2))
+            variance = jnp.mean(jnp.square(x), axis=(0, 1, 2)) - jnp.square(mean)
+            statistics.append((mean, variance))
+            x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+            return x * p["scale"] + p["bias"]
+
+        x = jax.nn.relu(apply(params["stem"], x))
+        for i, stage in enumerate(params["stages"]):
+            for j, p in enumerate(stage):
+                stride = 2 if i > 0 and j == 0 else 1
+                skip = apply(p["skip"], x, stride) if "skip" in p else x
+                hidden = jax.nn.relu(apply(p["a"], x, stride))
+                x = jax.nn.relu(apply(p["b"], hidden) + skip)
+        x = jnp.mean(x, axis=(1, 2))
+        logits = jnp.dot(x, params["head"]["w"]) + params["head"]["b"]
+        return (cross_entropy(logits, y), logits), statistics
+
+    return Network(params, (x, y), loss_fn)
+
+
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "MLP": mlp,
+    "GPT": gpt,
+    "ResNet-8": resnet,
+    "ResNet-20": lambda **options: resnet(3, **options),
+}
+
+
+def _dense(key: jax.Array, m: int, n: int) -> jax.Array:
+    return jax.random.normal(key, (m, n)) / m**0.5
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(variance + 1e-5) * scale
