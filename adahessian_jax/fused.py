@@ -8,10 +8,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adahessian_jax.checks import check_callable, check_flag, check_int, check_params
+from adahessian_jax.checks import (
+    check_callable,
+    check_flag,
+    check_int,
+    check_params,
+    check_scalar,
+)
 from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.hvp import value_and_grad
-from adahessian_jax.protocol import Curvature, CurvatureEstimator, as_estimator
+from adahessian_jax.protocol import (
+    Curvature,
+    CurvatureEstimator,
+    as_estimator,
+    check_same_estimator,
+)
 from adahessian_jax.transform import find_state
 
 
@@ -81,8 +92,19 @@ def value_and_grad_with_curvature(
         check_int("curvature_batch", curvature_batch, 1)
     needs_outputs = getattr(estimator, "needs_outputs", False)
 
-    def loss_only(params: optax.Params, *batch: Any) -> Any:
+    def checked(params: optax.Params, *batch: Any) -> Any:
         out = loss_fn(params, *batch)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                "loss_fn must return a pair (loss, aux) with has_aux=True, got"
+                f" {jax.tree.map(jnp.shape, out)}."
+            )
+        if not needs_outputs:
+            check_scalar("loss_fn", out[0] if has_aux else out)
+        return out
+
+    def loss_only(params: optax.Params, *batch: Any) -> Any:
+        out = checked(params, *batch)
         if not needs_outputs:
             return out
         return (out[0][0], out[1]) if has_aux else out[0]
@@ -95,7 +117,7 @@ def value_and_grad_with_curvature(
     ) -> tuple[Any, optax.Updates, optax.Updates, Any]:
         if isinstance(estimator, CurvatureEstimator):
             return estimator.value_and_grad(
-                lambda p: loss_fn(p, *batch),
+                lambda p: checked(p, *batch),
                 state,
                 params,
                 has_aux=has_aux,
@@ -146,6 +168,9 @@ def value_and_grad_with_curvature(
         if refresh is not None:
             check_flag("refresh", refresh)
         inner = find_state(state)
+        check_same_estimator(
+            jax.eval_shape(estimator.init, params), inner.estimator_state
+        )
         if refresh is None and inner.refresh_due is None:
             refresh = True
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -59,3 +60,17 @@ def as_estimator(estimator: Any) -> optax.GradientTransformationExtraArgs:
             f" returns, got {estimator!r}."
         )
     return optax.with_extra_args_support(estimator)
+
+
+def check_same_estimator(state: Any, optimizers: Any) -> None:
+    """Raise ValueError unless two states are those of estimators of the same kind."""
+    theirs: Any = jax.tree.structure(state)
+    ours: Any = jax.tree.structure(optimizers)
+    shapes, expected = (
+        [jnp.shape(x) for x in jax.tree.leaves(s)] for s in (state, optimizers)
+    )
+    if theirs != ours or shapes != expected:
+        raise ValueError(
+            "curvature comes from another estimator than the optimizer's: its state is"
+            f" {theirs}, the optimizer's {ours}. Give both the same estimator."
+        )

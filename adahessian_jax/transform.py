@@ -24,7 +24,7 @@ from adahessian_jax.checks import (
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.estimators import hutchinson
 from adahessian_jax.moving_average import HessianEMA, as_dtype, debias, ema
-from adahessian_jax.protocol import Curvature, as_estimator
+from adahessian_jax.protocol import Curvature, as_estimator, check_same_estimator
 
 
 class ScaleByAdaHessianState(NamedTuple):
@@ -247,13 +247,7 @@ def _check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
             "curvature must be what value_and_grad_with_curvature returned, got"
             f" {curvature!r}. For an estimate of your own use hessian_diag."
         )
-    ours: Any = jax.tree.structure(state.estimator_state)
-    theirs: Any = jax.tree.structure(curvature.estimator_state)
-    if ours != theirs:
-        raise ValueError(
-            "curvature comes from another estimator than the optimizer's: its state is"
-            f" {theirs}, the optimizer's {ours}. Give both the same estimator."
-        )
+    check_same_estimator(curvature.estimator_state, state.estimator_state)
     raise_if(
         curvature.count != state.count,
         "curvature was computed for another state of the optimizer: call"

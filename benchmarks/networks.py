@@ -5,6 +5,7 @@ Each function returns a :class:`Network`: initial parameters, the arrays of one 
 and a loss of ``(params, *batch)`` that returns ``((loss, outputs), new_statistics)``.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ def mlp(widths: tuple[int, ...] = (784, 512, 512, 10), batch: int = 128) -> Netw
     keys = iter(jax.random.split(jax.random.key(0), 2 * len(widths)))
     params = [
         {"w": _dense(next(keys), m, n), "b": jnp.zeros(n)}
-        for m, n in zip(widths[:-1], widths[1:], strict=True)
+        for m, n in itertools.pairwise(widths)
     ]
     x = jax.random.normal(next(keys), (batch, widths[0]))
     y = jax.random.randint(next(keys), (batch,), 0, widths[-1])

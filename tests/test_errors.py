@@ -33,6 +33,24 @@ def through_sophia():
         update(optax.contrib.sophia(0.1, hessian_diagonal_fn=estimator), obj_fn=loss)
 
 
+def fused_update(estimator, tx=None, refresh=None, loss_fn=loss, batch=(), **options):
+    tx = ah.adahessian(0.1, estimator=estimator) if tx is None else tx
+    state = tx.init(W)
+    fused = ah.value_and_grad_with_curvature(loss_fn, estimator, **options)
+    _, grads, curvature = fused(W, *batch, state=state, refresh=refresh)
+    return tx.update(grads, state, W, curvature=curvature)
+
+
+def stale_curvature():
+    estimator = ah.hutchinson()
+    tx = ah.adahessian(0.1, estimator=estimator)
+    state = tx.init(W)
+    fused = ah.value_and_grad_with_curvature(loss, estimator)
+    _, grads, curvature = fused(W, state=state)
+    _, state = tx.update(grads, state, W, curvature=curvature)
+    tx.update(grads, state, W, curvature=curvature)
+
+
 GAUSS_NEWTON = ah.gauss_newton("softmax_cross_entropy")
 CONV = (jax.tree_util.DictKey("conv"),)
 
@@ -298,6 +316,28 @@ CONSTRUCTION = {
         lambda: ah.microbatched(ah.hutchinson, 2),
         TypeError,
         "estimator must be an optax.GradientTransformation, as hutchinson() returns",
+    ),
+    "fused-loss": (
+        lambda: ah.value_and_grad_with_curvature(1.0, ah.hutchinson()),
+        TypeError,
+        "loss_fn must be a callable (params, *batch) -> loss, got 1.0.",
+    ),
+    "fused-estimator": (
+        lambda: ah.value_and_grad_with_curvature(loss, "hutchinson"),
+        TypeError,
+        "estimator must be an optax.GradientTransformation, as hutchinson() returns",
+    ),
+    "fused-has_aux": (
+        lambda: ah.value_and_grad_with_curvature(loss, ah.hutchinson(), has_aux=1),
+        TypeError,
+        "has_aux must be True or False, got 1.",
+    ),
+    "curvature_batch-zero": (
+        lambda: ah.value_and_grad_with_curvature(
+            loss, ah.hutchinson(), curvature_batch=0
+        ),
+        ValueError,
+        "curvature_batch must be >= 1, got 0.",
     ),
     "spatial_ndim-zero": (
         lambda: ah.conv_spatial_average(0),
@@ -631,6 +671,71 @@ USE = {
         lambda: ah.diagnostics(ah.adahessian(0.1).init(W), clip_threshold=1.0),
         ValueError,
         "clip_threshold was given, but no updates to look at",
+    ),
+    "curvature-of-another-count": (
+        stale_curvature,
+        ValueError,
+        "curvature was computed for another state of the optimizer:",
+    ),
+    "curvature-of-another-estimator": (
+        lambda: fused_update(
+            ah.hutchinson(), ah.adahessian(0.1, estimator=GAUSS_NEWTON)
+        ),
+        ValueError,
+        "curvature comes from another estimator than the optimizer's:",
+    ),
+    "curvature-array": (
+        lambda: update(curvature=W),
+        TypeError,
+        "curvature must be what value_and_grad_with_curvature returned, got",
+    ),
+    "refresh-false-first": (
+        lambda: fused_update(
+            ah.hutchinson(), ah.adahessian(0.1, update_interval=2), refresh=False
+        ),
+        ValueError,
+        "refresh=False before any estimate was made: the first call needs refresh=True",
+    ),
+    "refresh-int": (
+        lambda: fused_update(ah.hutchinson(), refresh=1),
+        TypeError,
+        "refresh must be True or False, got 1.",
+    ),
+    "fused-without-state": (
+        lambda: ah.value_and_grad_with_curvature(loss, ah.hutchinson())(W),
+        ValueError,
+        "state must contain the state of one scale_by_adahessian or adahessian, found",
+    ),
+    "fused-vector": (
+        lambda: fused_update(ah.hutchinson(), loss_fn=lambda p: p["w"]),
+        TypeError,
+        "loss_fn must return a scalar, got an array of shape (3,).",
+    ),
+    "fused-aux-not-announced": (
+        lambda: fused_update(ah.hutchinson(), loss_fn=lambda p: (loss(p), p)),
+        TypeError,
+        "loss_fn must return one scalar array, the loss, got a tuple.",
+    ),
+    "fused-no-outputs": (
+        lambda: fused_update(GAUSS_NEWTON),
+        TypeError,
+        "loss_fn must return (loss, outputs) for a Gauss-Newton estimator, or",
+    ),
+    "fused-ema_control": (
+        lambda: fused_update(ah.hutchinson(control_variate=ah.ema_control())),
+        ValueError,
+        "ema_control needs the optimizer's moving average of the Hessian itself:",
+    ),
+    "curvature_batch-above-batch": (
+        lambda: fused_update(
+            ah.hutchinson(),
+            loss_fn=lambda p, x: jnp.mean(x) * loss(p),
+            batch=(jnp.ones(3),),
+            curvature_batch=4,
+        ),
+        ValueError,
+        "curvature_batch=4 needs arrays of at least 4 examples, all of the same number"
+        " along their first axis, got [(3,)].",
     ),
     "conv-too-few-axes": (
         lambda: ah.conv_spatial_average(3)(CONV, jnp.ones((3, 3, 2, 4))),

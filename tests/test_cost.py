@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations and memory of a training step, from the compiler, beside optax.adam."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import adahessian_jax as ah
+from benchmarks.networks import NETWORKS
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """optax.adam mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def compiled(step, tx, net):
+    state = tx.init(net.params)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    return jitted.lower(net.params, state, *net.batch).compile()
+
+
+@functools.cache
+def cost(network, kind):
+    """Return operations and bytes of temporaries of one compiled step."""
+    net = NETWORKS[network]()
+
+    def loss_fn(params, *batch):
+        (loss, _), statistics = net.loss_fn(params, *batch)
+        return loss, statistics
+
+    if kind == "adam":
+        tx = optax.adam(1e-3)
+
+        def step(params, state, *batch):
+            (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, aux
+
+    else:
+        gauss_newton = kind == "gauss-newton"
+        estimator = (
+            ah.gauss_newton("softmax_cross_entropy")
+            if gauss_newton
+            else ah.hutchinson()
+        )
+        tx = ah.adahessian(1e-3, estimator=estimator)
+        fused = ah.value_and_grad_with_curvature(
+            net.loss_fn if gauss_newton else loss_fn, estimator, has_aux=True
+        )
+
+        def step(params, state, *batch):
+            (_, aux), grads, curvature = fused(params, *batch, state=state)
+            updates, state = tx.update(grads, state, params, curvature=curvature)
+            return optax.apply_updates(params, updates), state, aux
+
+    program = compiled(step, tx, net)
+    analysis = program.cost_analysis()
+    analysis = analysis[0] if isinstance(analysis, list) else analysis
+    return analysis["flops"], program.memory_analysis().temp_size_in_bytes
+
+
+LIMITS = {
+    "MLP": {"flops": 2.50, "memory": 2.2, "gauss-newton": 1.70},
+    "GPT": {"flops": 3.02, "memory": 2.2, "gauss-newton": 1.72},
+    "ResNet-8": {"flops": 2.97, "memory": 2.15, "gauss-newton": 1.75},
+}
+
+
+@pytest.mark.parametrize("network", LIMITS)
+def test_operations_of_a_step(network):
+    ratio = cost(network, "hutchinson")[0] / cost(network, "adam")[0]
+    assert 2 < ratio <= LIMITS[network]["flops"]
+
+
+@pytest.mark.parametrize("network", LIMITS)
+def test_memory_of_a_step(network):
+    ratio = cost(network, "hutchinson")[1] / cost(network, "adam")[1]
+    assert ratio <= LIMITS[network]["memory"]
+
+
+@pytest.mark.parametrize("network", LIMITS)
+def test_operations_of_a_gauss_newton_step(network):
+    ratio = cost(network, "gauss-newton")[0] / cost(network, "adam")[0]
+    assert 1.4 < ratio <= LIMITS[network]["gauss-newton"]
+
+
+def test_donated_parameters_and_state_are_reused():
+    """Every byte of parameters and state is written over in place."""
+    net = NETWORKS["MLP"]()
+    tx = ah.adahessian(1e-3)
+
+    def step(params, state, x, y):
+        def loss(p):
+            return net.loss_fn(p, x, y)[0][0]
+
+        grads = jax.grad(loss)(params)
+        updates, state = tx.update(grads, state, params, obj_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    memory = compiled(step, tx, net).memory_analysis()
+    state_bytes = sum(
+        x.nbytes for x in jax.tree.leaves((net.params, tx.init(net.params)))
+    )
+    assert memory.alias_size_in_bytes >= state_bytes
+
+
+def test_update_arithmetic_needs_no_copies():
+    """With a ready-made estimate: less than one more copy of the parameters."""
+    params = [jnp.ones((256, 256)) for _ in range(4)]
+    tx = ah.scale_by_adahessian()
+
+    def step(updates, state, params, diag):
+        return tx.update(updates, state, params, hessian_diag=diag)
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    state = tx.init(params)
+    memory = jitted.lower(params, state, params, params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < sum(x.nbytes for x in params) / 100
+
+
+def test_probes_are_one_draw_of_packed_words():
+    tree = {"a": jnp.zeros(100), "b": [jnp.zeros((3, 5)), jnp.zeros(64)]}
+    jaxpr = str(jax.make_jaxpr(ah.rademacher_like)(jax.random.key(0), tree))
+    assert jaxpr.count("random_bits[") == 1
+    assert "u32[7]" in jaxpr  # 4 + 1 + 2 words of 32 signs
