@@ -96,8 +96,12 @@ def adahessian(
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` takes one of
 
-      - ``obj_fn=f``, a function from parameters to the scalar loss, for estimators
-        that differentiate it (:func:`adahessian_jax.hutchinson` does);
+      - ``obj_fn=f``, a function from parameters to the scalar loss, for
+        :func:`adahessian_jax.hutchinson`;
+      - ``predict_fn=h``, a function from parameters to the network's outputs, for
+        :func:`adahessian_jax.gauss_newton`;
+      - ``curvature=c``, from :func:`adahessian_jax.value_and_grad_with_curvature`,
+        which computes it in the same pass as the gradient;
       - ``hessian_diag=d``, an estimate of your own, of the structure and shapes of the
         parameters. It is used at the counts at which one is due.
 

@@ -25,12 +25,20 @@ def standard_promotion():
 
 
 def test_example_trains():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code, *more = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     lines = [line for line in code.splitlines() if line.strip()]
     assert len(lines) <= 15
     namespace = {}
     exec(code, namespace)
     np.testing.assert_allclose(namespace["w"], [1.0, -2.0, 3.0], atol=0.05)
+    for code in more:  # goes on with the same variables
+        exec(code, namespace)
+    assert namespace["state"][0].refreshes == 1
+
+
+@pytest.mark.parametrize("call", re.findall(r"\| `(ah\.hutchinson.*?)`[:|, ]", README))
+def test_estimators_of_the_table_can_be_made(call):
+    assert isinstance(eval(call, {"ah": ah}), ah.CurvatureEstimator)
 
 
 def test_names_three_published_forms():
