@@ -57,7 +57,8 @@ def linearize_with_loss(
     Returns:
       The model, the loss (or ``(loss, aux)``) and its gradient, from one forward pass.
     """
-    return _linearize(loss_fn, params, "loss_fn", has_aux=has_aux)
+    model, value, gradient = _linearize(loss_fn, params, "loss_fn", has_aux=has_aux)
+    return model, value, gradient()
 
 
 def _linearize(
@@ -66,7 +67,7 @@ def _linearize(
     name: str,
     *,
     has_aux: bool,
-) -> tuple[LinearizedModel, Any, Floats]:
+) -> tuple[LinearizedModel, Any, Callable[[], Floats]]:
     floats, rebuild = split_differentiable(params)
     _, rebuild_diag = split_differentiable(jax.tree.map(jnp.zeros_like, params))
 
@@ -107,8 +108,11 @@ def _linearize(
             [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
         ),
     )
-    (grads,) = pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))
-    return model, (loss, aux) if has_aux else loss, grads
+
+    def gradient() -> Floats:
+        return pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))[0]
+
+    return model, (loss, aux) if has_aux else loss, gradient
 
 
 def factor_estimate(
