@@ -12,6 +12,7 @@ from adahessian_jax.checks import (
     check_axis_name,
     check_callable,
     check_choice,
+    check_flag,
     check_int,
     check_like,
     check_params,
@@ -20,7 +21,7 @@ from adahessian_jax.checks import (
     scalar_function,
 )
 from adahessian_jax.control_variates import ControlVariate, multiply
-from adahessian_jax.dtypes import is_differentiable
+from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.hvp import check_mode, hvp, value_grad_and_hvp
 from adahessian_jax.hvp import value_and_grad as value_and_grad_of
 from adahessian_jax.probes import as_key, axis_key, normal_like, rademacher_like
@@ -46,6 +47,7 @@ def hutchinson(
     control_variate: ControlVariate | None = None,
     seed: int | jax.Array = 0,
     axis_name: str | tuple[str, ...] | None = None,
+    unroll: bool | None = None,
 ) -> CurvatureEstimator:
     r"""Estimate the Hessian's diagonal by Hutchinson's method.
 
@@ -81,6 +83,11 @@ def hutchinson(
         is split. Each device then draws probes of its own and the estimates are
         averaged over the axis, which has a smaller variance than the same probe on
         all devices.
+      unroll: how several samples are compiled: True, one after the other; False, the
+        first and a ``jax.lax.scan`` over the rest, which compiles faster. Both need
+        the memory of one sample. None unrolls up to 8 samples, and any number if the
+        objective has convolutions and runs on CPU, where those are an order of
+        magnitude slower inside a loop.
 
     Returns:
       A transformation. ``update(updates, state, params, obj_fn=f)`` ignores the
@@ -130,6 +137,8 @@ def hutchinson(
         )
     check_seed(seed)
     check_axis_name(axis_name)
+    if unroll is not None:
+        check_flag("unroll", unroll)
 
     def init_fn(params: optax.Params) -> HutchinsonState:
         check_real("params", params)
@@ -174,14 +183,14 @@ def hutchinson(
     ) -> tuple[list[Any], optax.Updates, HutchinsonState]:
         """Return values and gradients of the passes over ``fun``, and the estimate."""
         key, subkey = jax.random.split(state.key)
-        cv_state, samples, passes = state.control_variate, [], []
-        for sample_key in jax.random.split(axis_key(subkey, axis_name), n_samples):
-            z = draw(sample_key, params)
+        passes: list[Any] = []
+
+        def one_sample(key: jax.Array, cv_state: Any) -> tuple[optax.Updates, Any]:
+            z = draw(key, params)
             check_like("the probe", z, params)
 
             def product(
                 other: Callable[[optax.Params], jax.Array] | None = None,
-                z: optax.Params = z,
             ) -> optax.Updates:
                 """Multiply the probe by the Hessian, the objective's by default."""
                 if other is not None:
@@ -195,22 +204,42 @@ def hutchinson(
                 return y
 
             if control_variate is None:
-                d = multiply(z, product())
-            else:
-                d, cv_state = control_variate.correct(
-                    cv_state,
-                    z,
-                    product,
-                    params=params,
-                    key=jax.random.fold_in(sample_key, 1),
-                    axis_name=axis_name,
-                    **extra_args,
-                )
-            samples.append(d)
-        diag = jax.tree.map(_mean, *samples)
+                return multiply(z, product()), cv_state
+            return control_variate.correct(
+                cv_state,
+                z,
+                product,
+                params=params,
+                key=jax.random.fold_in(key, 1),
+                axis_name=axis_name,
+                **extra_args,
+            )
+
+        keys = jax.random.split(axis_key(subkey, axis_name), n_samples)
+        total, cv_state = one_sample(keys[0], state.control_variate)
+
+        def add_sample(carry: tuple[Any, Any], key: jax.Array) -> tuple[Any, None]:
+            total, cv_state = carry
+            d, cv_state = one_sample(key, cv_state)
+            return (jax.tree.map(_add, total, d), cv_state), None
+
+        if n_samples > 1:
+            total = jax.tree.map(_widened, total)
+        objective = extra_args.get("predict_fn") if fun is None else fun
+        if _unrolled(n_samples, objective, params) if unroll is None else unroll:
+            for sample_key in keys[1:]:
+                ready = _after(sample_key, total, otherwise=subkey)
+                (total, cv_state), _ = add_sample((total, cv_state), ready)
+        else:
+            (total, cv_state), _ = jax.lax.scan(add_sample, (total, cv_state), keys[1:])
+        diag = jax.tree.map(
+            lambda d, p: (d / n_samples).astype(p.dtype) if is_differentiable(d) else d,
+            total,
+            params,
+        )
         if axis_name is not None:
             diag = _average_over_axis(diag, axis_name)
-        return passes, diag, HutchinsonState(key=key, control_variate=cv_state)
+        return passes[:1], diag, HutchinsonState(key=key, control_variate=cv_state)
 
     return CurvatureEstimator(init_fn, update_fn, value_and_grad)
 
@@ -231,10 +260,34 @@ def _needs_obj_fn(extra_args: dict[str, Any]) -> str:
     )
 
 
-def _mean(*samples: jax.Array) -> jax.Array:
-    if len(samples) == 1 or not is_differentiable(samples[0]):
-        return samples[0]
-    return jnp.mean(jnp.stack(samples), axis=0)
+def _unrolled(n_samples: int, objective: Any, params: optax.Params) -> bool:
+    if n_samples <= 8:
+        return True
+    if jax.default_backend() != "cpu":
+        return False
+    # XLA's CPU compiler leaves convolutions inside loops in their slowest form.
+    return "conv_general_dilated" in str(jax.make_jaxpr(objective)(params))
+
+
+def _after(key: jax.Array, done: optax.Updates, *, otherwise: jax.Array) -> jax.Array:
+    """Return ``key``, in a way that it cannot be known before ``done``.
+
+    The compiler would otherwise interleave the samples, whose memory then adds up.
+    """
+    leaves = [x for x in jax.tree.leaves(done) if is_differentiable(x) and x.size]
+    if not leaves:
+        return key
+    # Never true, but the compiler cannot know.
+    never = jnp.any(jnp.stack([x.ravel()[0] > jnp.inf for x in leaves]))
+    return jnp.where(never, otherwise, key)
+
+
+def _widened(d: jax.Array) -> jax.Array:
+    return d.astype(accumulation_dtype(d)) if is_differentiable(d) else d
+
+
+def _add(total: jax.Array, d: jax.Array) -> jax.Array:
+    return total + d.astype(total.dtype) if is_differentiable(d) else total
 
 
 def _average_over_axis(

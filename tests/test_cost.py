@@ -26,7 +26,7 @@ def compiled(step, tx, net):
 
 
 @functools.cache
-def cost(network, kind):
+def cost(network, kind, n_samples=1):
     """Return operations and bytes of temporaries of one compiled step."""
     net = NETWORKS[network]()
 
@@ -47,7 +47,7 @@ def cost(network, kind):
         estimator = (
             ah.gauss_newton("softmax_cross_entropy")
             if gauss_newton
-            else ah.hutchinson()
+            else ah.hutchinson(n_samples)
         )
         tx = ah.adahessian(1e-3, estimator=estimator)
         fused = ah.value_and_grad_with_curvature(
@@ -82,6 +82,15 @@ def test_operations_of_a_step(network):
 def test_memory_of_a_step(network):
     ratio = cost(network, "hutchinson")[1] / cost(network, "adam")[1]
     assert ratio <= LIMITS[network]["memory"]
+
+
+@pytest.mark.parametrize("network", ["MLP", "GPT"])
+def test_memory_does_not_grow_with_samples(network):
+    """The samples are computed one after the other, although there is no loop."""
+    memory = {n: cost(network, "hutchinson", n)[1] for n in (1, 2, 4)}
+    one_more_copy = memory[2] - memory[1]
+    assert memory[4] <= memory[2] + 0.1 * one_more_copy
+    assert memory[4] <= 1.7 * memory[1]
 
 
 @pytest.mark.parametrize("network", LIMITS)

@@ -242,6 +242,11 @@ CONSTRUCTION = {
         TypeError,
         "axis_name must be None, a string or a tuple of strings, got 0.",
     ),
+    "unroll-int": (
+        lambda: ah.hutchinson(unroll=1),
+        TypeError,
+        "unroll must be True or False, got 1.",
+    ),
     "unbiased-string": (
         lambda: ah.ema_control(unbiased="no"),
         TypeError,

@@ -7,7 +7,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import adahessian_jax as ah
-from tests.problems import dense_hessian, mlp, quadratic
+from tests.problems import conv_net, dense_hessian, mlp, quadratic
 
 
 def draws(n, params, loss, **options):
@@ -210,6 +210,37 @@ def test_axis_name_draws_independent_probes_and_averages(x64):
     for replica in diag:
         np.testing.assert_allclose(replica, expected, rtol=1e-12)
     assert len(np.unique(new.key, axis=0)) == 1
+
+
+@pytest.mark.parametrize(
+    "control", [None, ah.low_rank_control(2)], ids=["plain", "low"]
+)
+def test_samples_in_a_loop_or_unrolled_are_the_same(control, x64):
+    del x64
+    params, loss = mlp()
+    results = []
+    for unroll in (True, False):
+        estimator = ah.hutchinson(4, control_variate=control, unroll=unroll)
+        state = estimator.init(params)
+        step = jax.jit(lambda s, e=estimator: e.update(None, s, params, obj_fn=loss))
+        results.append(step(step(state)[1]))
+        jaxpr = str(jax.make_jaxpr(step)(state))
+        assert (" scan[" in jaxpr) is not unroll
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), *results
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "n_samples", "loop"),
+    [(mlp, 8, False), (mlp, 9, True), (conv_net, 9, jax.default_backend() != "cpu")],
+    ids=["few", "many", "many-convolutions"],
+)
+def test_rule_for_unrolling(network, n_samples, loop):
+    params, loss = network(jnp.float32)
+    estimator = ah.hutchinson(n_samples)
+    jaxpr = jax.make_jaxpr(lambda s: estimator.update(None, s, params, obj_fn=loss))
+    assert (" scan[" in str(jaxpr(estimator.init(params)))) is loop
 
 
 # Control variates ---------------------------------------------------------------
