@@ -19,14 +19,16 @@ class LowRankState(NamedTuple):
     basis: optax.Updates  # orthonormal directions, zero where there is none yet
     lengths: jax.Array  # of the tracked products along them, shape (rank,)
     products: jax.Array  # EMA of (q_i . Hz)(q_j . z), shape (rank, rank)
+    squares: jax.Array  # EMA of (q_i . Hz)(q_j . Hz), shape (rank, rank)
     probes: jax.Array  # EMA of (q_i . z)(q_j . z), shape (rank, rank)
+    weight: jax.Array  # sum of the weights of the samples in these averages, shape ()
+    squared_weight: jax.Array  # sum of their squares, shape ()
 
 
 def low_rank_control(
     rank: int,
     *,
     decay: jax.typing.ArrayLike = 0.98,
-    shrinkage: jax.typing.ArrayLike = 0.1,
 ) -> ControlVariate:
     r"""Use a low-rank approximation of the Hessian as control variate.
 
@@ -43,16 +45,27 @@ def low_rank_control(
     needed.
 
     The basis is the one of largest weight in :math:`B \leftarrow [\sqrt{\rho} B,
-    \sqrt{1 - \rho} y]`, from the eigenvectors of its Gram matrix; the eigenvalues are
-    :math:`\mathrm{EMA}[(q_i \cdot y)(q_i \cdot z)] / (\mathrm{EMA}[(q_i \cdot z)^2] +
-    \sigma)`, with :math:`\rho` the ``decay`` and :math:`\sigma` the ``shrinkage``,
-    which keeps them near zero until enough probes were seen.
+    \sqrt{1 - \rho} y]`, from the eigenvectors of its Gram matrix, with :math:`\rho` the
+    ``decay``. The eigenvalues are
+
+    .. math::
+      \lambda_i = \hat\lambda_i \max \left( 0, 1 - \frac{\mathrm{Var}\,
+      \hat\lambda_i}{\hat\lambda_i^2} \right), \qquad
+      \hat\lambda_i = \frac{\mathrm{EMA}[(q_i \cdot y)(q_i \cdot z)]}
+      {\mathrm{EMA}[(q_i \cdot z)^2]}, \qquad
+      \mathrm{Var}\, \hat\lambda_i \approx \frac{\|H q_i\|^2 + \hat\lambda_i^2}
+      {n_i}
+
+    where :math:`\|H q_i\|^2 \approx \mathrm{EMA}[(q_i \cdot y)^2] / \mathrm{EMA}[(q_i
+    \cdot z)^2]` and :math:`n_i` is the effective number of samples in the averages. The
+    factor leaves a direction out until it is known well enough to be of use. The
+    averages take each sample in the basis from before it, because directions chosen
+    with a sample's help say too much about that sample.
 
     Args:
       rank: how many directions are tracked, at least 1. The state takes that many
         copies of the parameters, and an update works on one more for a while.
       decay: of the averages, in [0, 1): how long old products count.
-      shrinkage: at least 0.
 
     Returns:
       A control variate for :func:`adahessian_jax.hutchinson`.
@@ -76,7 +89,6 @@ def low_rank_control(
     """
     check_int("rank", rank, 1)
     check_float("decay", decay, 0.0, 1.0)
-    check_float("shrinkage", shrinkage, 0.0)
 
     def init_fn(params: optax.Params) -> LowRankState:
         floats, _ = split_differentiable(params)
@@ -94,7 +106,10 @@ def low_rank_control(
             basis=jax.tree.map(stacked, params),
             lengths=jnp.zeros(rank, dtype),
             products=jnp.zeros((rank, rank), dtype),
+            squares=jnp.zeros((rank, rank), dtype),
             probes=jnp.zeros((rank, rank), dtype),
+            weight=jnp.zeros((), dtype),
+            squared_weight=jnp.zeros((), dtype),
         )
 
     def correct(
@@ -110,11 +125,7 @@ def low_rank_control(
         dtype = state.lengths.dtype
         qz, qy = _dots(q, z, dtype), _dots(q, y, dtype)
 
-        seen = jnp.diagonal(state.probes) + jnp.asarray(shrinkage, dtype)
-        usable = (state.lengths > 0) & (seen > 0)
-        eigenvalues = jnp.where(
-            usable, jnp.diagonal(state.products) / jnp.where(usable, seen, 1), 0
-        )
+        eigenvalues = _eigenvalues(state)
 
         def estimate(z: jax.Array, y: jax.Array, q: jax.Array) -> jax.Array:
             wide_q = q.astype(dtype)
@@ -154,23 +165,45 @@ def low_rank_control(
         basis = [turn(*leaves) for leaves in zip(q, y, strict=True)]
         # Q_new' Q_old, which carries the averages over to the new basis.
         rotation = in_basis.T + in_y[:, None] * qy[None, :]
-        z_new = in_basis.T @ qz + in_y * _dot(y, z, dtype)
-        y_new = in_basis.T @ qy + in_y * yy
 
         def carry(average: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            return rho * (rotation @ average @ rotation.T) + (1 - rho) * jnp.outer(a, b)
+            moved = rho * average + (1 - rho) * jnp.outer(a, b)
+            return rotation @ moved @ rotation.T
 
         return rebuild(diag), LowRankState(
             basis=rebuild_basis(basis),
             lengths=lengths,
-            products=carry(state.products, y_new, z_new),
-            probes=carry(state.probes, z_new, z_new),
+            products=carry(state.products, qy, qz),
+            squares=carry(state.squares, qy, qy),
+            probes=carry(state.probes, qz, qz),
+            weight=rho * state.weight + (1 - rho),
+            squared_weight=rho**2 * state.squared_weight + (1 - rho) ** 2,
         )
 
     return ControlVariate(init_fn, correct)
 
 
 _DEGENERATE = 1e-5  # of the largest eigenvalue of the Gram matrix
+
+
+def _eigenvalues(state: LowRankState) -> jax.Array:
+    """Estimate the eigenvalues along the basis, shrunk by what noise there is."""
+    seen = jnp.diagonal(state.probes)
+    known = (state.lengths > 0) & (seen > 1e-6)
+    seen = jnp.where(known, seen, 1)
+    guess = jnp.diagonal(state.products) / seen
+    squared_norm = jnp.diagonal(state.squares) / seen
+    # Directions that are new to the basis were seen by a part of the samples only.
+    weight = jnp.where(state.weight > 0, state.weight, 1)
+    n_samples = (
+        state.weight**2
+        / jnp.where(state.weight > 0, state.squared_weight, 1)
+        * jnp.minimum(seen / weight, 1)
+    )
+    variance = (squared_norm + guess**2) / jnp.maximum(n_samples, 1e-6)
+    confidence = 1 - variance / jnp.where(guess != 0, guess**2, 1)
+    usable = known & (guess != 0) & (n_samples > 1)
+    return jnp.where(usable, guess * jnp.maximum(confidence, 0), 0)
 
 
 def _dot(a: Floats, b: Floats, dtype: Any) -> jax.Array:

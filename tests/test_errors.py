@@ -307,11 +307,6 @@ CONSTRUCTION = {
         ValueError,
         "decay must lie in [0, 1), got 1.0.",
     ),
-    "rank-shrinkage": (
-        lambda: ah.low_rank_control(2, shrinkage=-1),
-        ValueError,
-        "shrinkage must lie in [0, inf), got -1.",
-    ),
     "microbatches-zero": (
         lambda: ah.microbatched(ah.hutchinson(), 0),
         ValueError,
