@@ -48,7 +48,8 @@ def value_and_grad_with_curvature(
       has_aux: whether ``loss_fn`` returns auxiliary values, such as new batch
         statistics, as well.
       curvature_batch: estimate from so many first examples of each array of the batch
-        only. The loss must be a mean over examples. Without ``has_aux`` the two parts
+        only; scalars, typed keys among them, go to both parts. The loss must be a mean
+        over examples. Without ``has_aux`` the two parts
         of the batch are passed through the network one after the other, which costs
         nothing extra but is wrong if examples influence each other, as in batch
         normalisation; with ``has_aux`` the value, gradient and auxiliary values are
@@ -140,7 +141,7 @@ def value_and_grad_with_curvature(
         if n is None or n == size:
             return with_estimate(params, batch, state, extra_args)
         first, rest = (
-            jax.tree.map(lambda x, part=part: x[part], batch)
+            jax.tree.map(lambda x, part=part: x[part] if jnp.ndim(x) else x, batch)
             for part in (slice(n), slice(n, None))
         )
         first_value, first_grads, diag, state = with_estimate(

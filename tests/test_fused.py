@@ -293,6 +293,19 @@ def test_curvature_of_a_part_of_the_batch(n, has_aux):
     chex.assert_trees_all_close(curvature.hessian_diag, part, rtol=1e-4, atol=1e-6)
 
 
+def test_scalars_of_a_batch_are_not_cut():
+    def scaled(params, scale, key, x, y):
+        del key
+        return scale * loss_fn(params, x, y)
+
+    estimator = ah.hutchinson()
+    state = ah.adahessian(0.1, estimator=estimator).init(PARAMS)
+    fused = ah.value_and_grad_with_curvature(scaled, estimator, curvature_batch=4)
+    batch = (jnp.asarray(2.0), jax.random.key(0), X, Y)
+    value, _, _ = fused(PARAMS, *batch, state=state)
+    np.testing.assert_allclose(value, 2 * loss_fn(PARAMS, X, Y), rtol=1e-5)
+
+
 def test_state_is_found_in_a_chain():
     estimator = ah.hutchinson()
     tx = optax.chain(
