@@ -186,11 +186,13 @@ def check_scalar(name: str, value: Any) -> jax.Array:
 def raise_if(wrong: jax.Array, message: str) -> None:
     """Raise ValueError if an array is true, as far as values can be seen.
 
-    Inside ``jit`` they cannot; there the check is made if the caller functionalises the
-    step with ``jax.experimental.checkify``.
+    Inside ``jit`` they cannot. There the check is made under ``jax.enable_checks``, for
+    a step that ``jax.experimental.checkify`` has functionalised; otherwise it is left
+    out, because it would take every compiled step off JAX's fast path of dispatch.
     """
     if isinstance(wrong, jax.core.Tracer):
-        checkify.debug_check(~wrong, message)
+        if jax.config.jax_enable_checks:  # type: ignore[attr-defined]
+            checkify.debug_check(~wrong, message)
     elif wrong:
         raise ValueError(message)
 

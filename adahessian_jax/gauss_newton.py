@@ -107,7 +107,8 @@ def gauss_newton(
       ValueError: if an argument is out of range or unknown; at update, if ``params`` or
         ``predict_fn`` is missing or weights do not match the outputs; outside ``jit``
         also if outputs are NaN, weights negative or the loss not convex. Inside
-        ``jit``, ``jax.experimental.checkify.checkify`` brings the latter to light.
+        ``jit``, ``jax.experimental.checkify.checkify`` brings the latter to light if
+        the step is traced under ``jax.enable_checks(True)``.
       TypeError: if an argument is of the wrong type, or a parameter is complex.
 
     Examples:

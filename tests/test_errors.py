@@ -803,7 +803,8 @@ def test_values_inside_jit_are_checked_by_checkify(estimator, predict_fn, messag
     def step(state):
         return estimator.update(None, state, W, predict_fn=predict_fn)
 
-    error, _ = jax.jit(checkify.checkify(step))(estimator.init(W))
+    with jax.enable_checks(True):
+        error, _ = jax.jit(checkify.checkify(step))(estimator.init(W))
     with pytest.raises(ValueError, match=message):
         error.throw()
     jax.jit(step)(estimator.init(W))  # cannot see values, and does not raise
