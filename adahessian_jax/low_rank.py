@@ -41,8 +41,11 @@ def low_rank_control(
 
     has the mean diag H, because Q and :math:`\Lambda` do not depend on this z. Its
     variance is that of plain Hutchinson for :math:`H - Q \Lambda Q^\top`, which is
-    several times smaller where a few eigenvalues dominate. No further products are
-    needed.
+    smaller where a few eigenvalues dominate. No further products are needed. The gain
+    is limited by how much the Hessian differs between batches: 2 to 19 times on a fixed
+    batch and 1.7 to 5 on changing batches of 128, on networks of a few thousand
+    parameters, and none on a transformer of 240,000
+    (``benchmarks/estimator_accuracy.py``).
 
     The basis is the one of largest weight in :math:`B \leftarrow [\sqrt{\rho} B,
     \sqrt{1 - \rho} y]`, from the eigenvectors of its Gram matrix, with :math:`\rho` the

@@ -38,9 +38,9 @@ def cost(network, kind, n_samples=1):
         tx = optax.adam(1e-3)
 
         def step(params, state, *batch):
-            value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
+            (_, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
             updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, value
+            return optax.apply_updates(params, updates), state, aux
 
     else:
         gauss_newton = kind == "gauss-newton"
@@ -55,9 +55,9 @@ def cost(network, kind, n_samples=1):
         )
 
         def step(params, state, *batch):
-            value, grads, curvature = fused(params, *batch, state=state)
+            (_, aux), grads, curvature = fused(params, *batch, state=state)
             updates, state = tx.update(grads, state, params, curvature=curvature)
-            return optax.apply_updates(params, updates), state, value
+            return optax.apply_updates(params, updates), state, aux
 
     program = compiled(step, tx, net)
     analysis = program.cost_analysis()
@@ -67,7 +67,7 @@ def cost(network, kind, n_samples=1):
 
 LIMITS = {
     "MLP": {"flops": 2.50, "memory": 2.2, "gauss-newton": 1.70},
-    # The compiler's 2.10 on Python 3.11 and 2.24 on 3.13, which order operations apart.
+    # The compiler's 2.14 on Python 3.11 and 2.21 on 3.13, which order operations apart.
     "GPT": {"flops": 3.02, "memory": 2.25, "gauss-newton": 1.72},
     "ResNet-8": {"flops": 2.97, "memory": 2.15, "gauss-newton": 1.75},
 }
@@ -79,12 +79,20 @@ def test_operations_of_a_step(network):
     assert 2 < ratio <= LIMITS[network]["flops"]
 
 
+recent_compiler = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10),
+    reason="older versions of XLA order the operations so that they need more memory",
+)
+
+
+@recent_compiler
 @pytest.mark.parametrize("network", LIMITS)
 def test_memory_of_a_step(network):
     ratio = cost(network, "hutchinson")[1] / cost(network, "adam")[1]
     assert ratio <= LIMITS[network]["memory"]
 
 
+@recent_compiler
 @pytest.mark.parametrize("network", ["MLP", "GPT"])
 def test_memory_does_not_grow_with_samples(network):
     """The samples are computed one after the other, although there is no loop."""
