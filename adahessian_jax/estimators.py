@@ -59,7 +59,8 @@ def hutchinson(
     The estimate is unbiased. Its variance is :math:`\frac{1}{n} \sum_{j \neq i}
     H_{ij}^2` with Rademacher probes, that is exact if H is diagonal; Gaussian probes
     add :math:`\frac{2}{n} H_{ii}^2`. On a neural network the off-diagonal row norm is
-    many times :math:`|H_{ii}|`, so one sample has a relative error of 4 to 12: the
+    many times :math:`|H_{ii}|`, so one sample has a relative error of 4 to 15 with a
+    few thousand parameters, more with more (``benchmarks/estimator_accuracy.py``): the
     root mean square of such estimates, which AdaHessian divides by, is an estimate of
     the Hessian's *row norms* :math:`(\sum_j H_{ij}^2)^{1/2}` rather than of its
     diagonal. A less noisy estimate is a smaller denominator: lower the learning rate.

@@ -2,6 +2,7 @@
 """Operations and memory of a training step, from the compiler, beside optax.adam."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,7 @@ def cost(network, kind, n_samples=1):
 
 LIMITS = {
     "MLP": {"flops": 2.50, "memory": 2.2, "gauss-newton": 1.70},
-    # The compiler's 2.14 on Python 3.11 and 2.21 on 3.13, which order operations apart.
-    "GPT": {"flops": 3.02, "memory": 2.25, "gauss-newton": 1.72},
+    "GPT": {"flops": 3.02, "memory": 2.2, "gauss-newton": 1.72},
     "ResNet-8": {"flops": 2.97, "memory": 2.15, "gauss-newton": 1.75},
 }
 
@@ -87,7 +87,10 @@ recent_compiler = pytest.mark.skipif(
 
 @recent_compiler
 @pytest.mark.parametrize("network", LIMITS)
-def test_memory_of_a_step(network):
+def test_memory_of_a_step(network, request):
+    if network == "GPT" and sys.version_info >= (3, 13):
+        reason = "2.21 where Python 3.11 has 2.14: operations come in another order"
+        request.applymarker(pytest.mark.xfail(reason=reason))
     ratio = cost(network, "hutchinson")[1] / cost(network, "adam")[1]
     assert ratio <= LIMITS[network]["memory"]
 
