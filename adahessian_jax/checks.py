@@ -191,7 +191,7 @@ def raise_if(wrong: jax.Array, message: str) -> None:
     out, because it would take every compiled step off JAX's fast path of dispatch.
     """
     if isinstance(wrong, jax.core.Tracer):
-        if jax.config.jax_enable_checks:  # type: ignore[attr-defined]
+        if jax.config.jax_enable_checks:  # type: ignore[attr-defined,unused-ignore]
             checkify.debug_check(~wrong, message)
     elif wrong:
         raise ValueError(message)

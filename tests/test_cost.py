@@ -2,7 +2,6 @@
 """Operations and memory of a training step, from the compiler, beside optax.adam."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -88,8 +87,8 @@ recent_compiler = pytest.mark.skipif(
 @recent_compiler
 @pytest.mark.parametrize("network", LIMITS)
 def test_memory_of_a_step(network, request):
-    if network == "GPT" and sys.version_info >= (3, 13):
-        reason = "2.21 where Python 3.11 has 2.14: operations come in another order"
+    if network == "GPT" and jax.__version_info__ >= (0, 11):
+        reason = "2.21 with jax 0.12 where jax 0.10 needs 2.14"
         request.applymarker(pytest.mark.xfail(reason=reason))
     ratio = cost(network, "hutchinson")[1] / cost(network, "adam")[1]
     assert ratio <= LIMITS[network]["memory"]
