@@ -18,6 +18,7 @@ from adahessian_jax.hvp import hessian_diag as hessian_diag
 from adahessian_jax.hvp import hvp as hvp
 from adahessian_jax.low_rank import LowRankState as LowRankState
 from adahessian_jax.low_rank import low_rank_control as low_rank_control
+from adahessian_jax.masking import unmasked as unmasked
 from adahessian_jax.microbatches import microbatched as microbatched
 from adahessian_jax.moving_average import HessianEMA as HessianEMA
 from adahessian_jax.optimizers import adahessian as adahessian
@@ -56,5 +57,6 @@ __all__ = [
     "normal_like",
     "rademacher_like",
     "scale_by_adahessian",
+    "unmasked",
     "value_and_grad_with_curvature",
 ]

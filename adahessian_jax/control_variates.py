@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.axes import AxisName, axis_size
 from adahessian_jax.checks import (
     check_callable,
     check_choice,
@@ -185,7 +186,7 @@ def gauss_newton_control(
         *,
         params: optax.Params,
         key: jax.Array,
-        axis_name: str | tuple[str, ...] | None,
+        axis_name: AxisName,
         predict_fn: Callable[[optax.Params], Any] | None = None,
         output_loss: Callable[[jax.Array], jax.Array] | None = None,
         targets: Any = None,
@@ -210,10 +211,9 @@ def gauss_newton_control(
             model.outputs, model.weights, curvature.event_ndim, reduction, axis_name
         )
         gauss_newton = factor_estimate(key, curvature, model, weights, targets)
-        if axis_name is not None:
-            # The estimator averages over the axis, and these are parts of a sum.
-            n_devices = jax.lax.psum(1, axis_name)
-            gauss_newton = [n_devices * d for d in gauss_newton]
+        # The estimator averages over the axis, and these are parts of a sum.
+        n_devices = axis_size(axis_name)
+        gauss_newton = [n_devices * d for d in gauss_newton]
         diag = jax.tree.map(
             lambda g, r: g + r if is_differentiable(g) else g,
             model.as_params(gauss_newton),

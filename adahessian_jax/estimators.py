@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimators of the Hessian's diagonal, in the form of optax transformations."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.axes import AxisName, as_varying, axis_key, mean_over_axis
 from adahessian_jax.checks import (
     check_axis_name,
     check_callable,
@@ -24,7 +26,8 @@ from adahessian_jax.control_variates import ControlVariate, multiply
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.hvp import check_mode, hvp, value_grad_and_hvp
 from adahessian_jax.hvp import value_and_grad as value_and_grad_of
-from adahessian_jax.probes import as_key, axis_key, normal_like, rademacher_like
+from adahessian_jax.masking import explain_masked
+from adahessian_jax.probes import as_key, normal_like, rademacher_like
 from adahessian_jax.protocol import CurvatureEstimator
 
 Probe = Callable[[jax.Array, optax.Params], optax.Params]
@@ -46,7 +49,7 @@ def hutchinson(
     mode: str = "forward-over-reverse",
     control_variate: ControlVariate | None = None,
     seed: int | jax.Array = 0,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
     unroll: bool | None = None,
 ) -> CurvatureEstimator:
     r"""Estimate the Hessian's diagonal by Hutchinson's method.
@@ -158,7 +161,7 @@ def hutchinson(
     ) -> tuple[optax.Updates, HutchinsonState]:
         del updates
         check_params(params)
-        objective = None if obj_fn is None else _checked_objective(obj_fn)
+        objective = None if obj_fn is None else _checked_objective(obj_fn, params)
         _, diag, state = estimate(objective, state, params, False, extra_args)
         return diag, state
 
@@ -172,7 +175,8 @@ def hutchinson(
     ) -> tuple[Any, optax.Updates, optax.Updates, HutchinsonState]:
         passes, diag, state = estimate(fun, state, params, has_aux, extra_args)
         if not passes:  # the control variate probed another function
-            passes = [value_and_grad_of(fun, params, has_aux=has_aux)]
+            varying = as_varying(params, axis_name)
+            passes = [value_and_grad_of(fun, varying, has_aux=has_aux)]
         return *passes[0], diag, state
 
     def estimate(
@@ -184,6 +188,7 @@ def hutchinson(
     ) -> tuple[list[Any], optax.Updates, HutchinsonState]:
         """Return values and gradients of the passes over ``fun``, and the estimate."""
         key, subkey = jax.random.split(state.key)
+        params = as_varying(params, axis_name)
         passes: list[Any] = []
 
         def one_sample(key: jax.Array, cv_state: Any) -> tuple[optax.Updates, Any]:
@@ -195,14 +200,15 @@ def hutchinson(
             ) -> optax.Updates:
                 """Multiply the probe by the Hessian, the objective's by default."""
                 if other is not None:
-                    return hvp(other, params, z, mode=mode)
+                    y = hvp(other, params, z, mode=mode)
+                    return jax.tree.map(functools.partial(_materialized, key), y)
                 if fun is None:
                     raise ValueError(_needs_obj_fn(extra_args))
                 value, grads, y = value_grad_and_hvp(
                     fun, params, z, mode=mode, has_aux=has_aux
                 )
                 passes.append((value, grads))
-                return y
+                return jax.tree.map(functools.partial(_materialized, key), y)
 
             if control_variate is None:
                 return multiply(z, product()), cv_state
@@ -238,16 +244,17 @@ def hutchinson(
             total,
             params,
         )
-        if axis_name is not None:
-            diag = _average_over_axis(diag, axis_name)
+        diag = mean_over_axis(diag, axis_name)
         return passes[:1], diag, HutchinsonState(key=key, control_variate=cv_state)
 
-    return CurvatureEstimator(init_fn, update_fn, value_and_grad)
+    return CurvatureEstimator(init_fn, update_fn, value_and_grad, axis_name=axis_name)
 
 
-def _checked_objective(obj_fn: Any) -> Callable[[optax.Params], jax.Array]:
+def _checked_objective(
+    obj_fn: Any, params: optax.Params
+) -> Callable[[optax.Params], jax.Array]:
     check_callable("obj_fn", obj_fn, "params -> loss")
-    return scalar_function("obj_fn", obj_fn)
+    return scalar_function("obj_fn", explain_masked("obj_fn", obj_fn, params))
 
 
 def _needs_obj_fn(extra_args: dict[str, Any]) -> str:
@@ -270,6 +277,44 @@ def _unrolled(n_samples: int, objective: Any, params: optax.Params) -> bool:
     return "conv_general_dilated" in str(jax.make_jaxpr(objective)(params))
 
 
+def _materialized(key: jax.Array, y: jax.Array) -> jax.Array:
+    """Return ``y``, on CPU in a way that it is written out before it is used.
+
+    For a layer amid a network, ``y`` is the transpose of a sum. XLA's CPU compiler
+    fuses that into what the optimizer does with ``y``, which then reads memory in
+    strides: a fifth of the time of an MLP's step. The operands of a loop it leaves
+    alone.
+    """
+    if y.ndim < 2 or not is_differentiable(y) or jax.default_backend() != "cpu":
+        return y
+    # Never true, but the compiler cannot know.
+    never = _as_bits(key).astype(jnp.float32) > jnp.inf
+    return _through_loop(y, never)
+
+
+@jax.custom_jvp
+def _through_loop(y: jax.Array, never: jax.Array) -> jax.Array:
+    return jax.lax.while_loop(
+        lambda carry: carry[1],
+        lambda carry: (-carry[0], jnp.zeros_like(carry[1])),
+        (y, never),
+    )[0]
+
+
+@_through_loop.defjvp
+def _through_loop_jvp(primals: Any, tangents: Any) -> Any:
+    return _through_loop(*primals), tangents[0]
+
+
+def _as_bits(key: jax.Array) -> jax.Array:
+    data = jax.random.key_data(key) if _is_typed(key) else key
+    return data.ravel()[0]
+
+
+def _is_typed(key: jax.Array) -> bool:
+    return bool(jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
+
+
 def _after(key: jax.Array, done: optax.Updates, *, otherwise: jax.Array) -> jax.Array:
     """Return ``key``, in a way that it cannot be known before ``done``.
 
@@ -279,7 +324,7 @@ def _after(key: jax.Array, done: optax.Updates, *, otherwise: jax.Array) -> jax.
     if not leaves:
         return key
     # Never true, but the compiler cannot know.
-    never = jnp.any(jnp.stack([x.ravel()[0] > jnp.inf for x in leaves]))
+    never = jnp.any(jnp.stack([x[(0,) * x.ndim] > jnp.inf for x in leaves]))
     return jnp.where(never, otherwise, key)
 
 
@@ -289,11 +334,3 @@ def _widened(d: jax.Array) -> jax.Array:
 
 def _add(total: jax.Array, d: jax.Array) -> jax.Array:
     return total + d.astype(total.dtype) if is_differentiable(d) else total
-
-
-def _average_over_axis(
-    diag: optax.Updates, axis_name: str | tuple[str, ...]
-) -> optax.Updates:
-    return jax.tree.map(
-        lambda d: jax.lax.pmean(d, axis_name) if is_differentiable(d) else d, diag
-    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Value, gradient and curvature of a loss from one pass over the network."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.axes import as_varying
 from adahessian_jax.checks import (
     check_callable,
     check_flag,
@@ -17,13 +19,14 @@ from adahessian_jax.checks import (
 )
 from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.hvp import value_and_grad
+from adahessian_jax.masking import fill_masked, has_masked, masked_in_all
 from adahessian_jax.protocol import (
     Curvature,
     CurvatureEstimator,
     as_estimator,
     check_same_estimator,
 )
-from adahessian_jax.transform import find_state
+from adahessian_jax.transform import find_states
 
 
 def value_and_grad_with_curvature(
@@ -111,41 +114,53 @@ def value_and_grad_with_curvature(
         return (out[0][0], out[1]) if has_aux else out[0]
 
     def plain(params: optax.Params, batch: Batch) -> tuple[Any, optax.Updates]:
+        params = as_varying(params, getattr(estimator, "axis_name", None))
         return value_and_grad(lambda p: loss_only(p, *batch), params, has_aux=has_aux)
 
     def with_estimate(
-        params: optax.Params, batch: Batch, state: Any, extra_args: dict[str, Any]
+        params: optax.Params,
+        curved: optax.Params,
+        batch: Batch,
+        state: Any,
+        extra_args: dict[str, Any],
     ) -> tuple[Any, optax.Updates, optax.Updates, Any]:
-        if isinstance(estimator, CurvatureEstimator):
-            return estimator.value_and_grad(
-                lambda p: checked(p, *batch),
-                state,
-                params,
-                has_aux=has_aux,
+        """Return value, gradient, the diagonal for ``curved``, and the state."""
+
+        def on_curved(fun: Callable[..., Any]) -> Callable[[optax.Params], Any]:
+            return lambda p: fun(fill_masked(p, params), *batch)
+
+        if not isinstance(estimator, CurvatureEstimator):
+            objective = on_curved(loss_only)
+            value, grads = plain(params, batch)
+            extra_args = {
+                "obj_fn": lambda p: objective(p)[0] if has_aux else objective(p),
                 **extra_args,
-            )
-
-        def objective(params: optax.Params) -> jax.Array:
-            out = loss_only(params, *batch)
-            return out[0] if has_aux else out
-
-        value, grads = plain(params, batch)
-        extra_args = {"obj_fn": objective, **extra_args}
-        diag, state = estimator.update(grads, state, params, **extra_args)
+            }
+            diag, state = estimator.update(grads, state, curved, **extra_args)
+            return value, grads, diag, state
+        value, grads, diag, state = estimator.value_and_grad(
+            on_curved(checked), state, curved, has_aux=has_aux, **extra_args
+        )
+        if has_masked(curved):  # gradients of all parameters are wanted, though
+            value, grads = plain(params, batch)
         return value, grads, diag, state
 
     def with_estimate_on_part(
-        params: optax.Params, batch: Batch, state: Any, extra_args: dict[str, Any]
+        params: optax.Params,
+        curved: optax.Params,
+        batch: Batch,
+        state: Any,
+        extra_args: dict[str, Any],
     ) -> tuple[Any, optax.Updates, optax.Updates, Any]:
         n, size = curvature_batch, _batch_size(batch, curvature_batch)
         if n is None or n == size:
-            return with_estimate(params, batch, state, extra_args)
+            return with_estimate(params, curved, batch, state, extra_args)
         first, rest = (
             jax.tree.map(lambda x, part=part: x[part] if jnp.ndim(x) else x, batch)
             for part in (slice(n), slice(n, None))
         )
         first_value, first_grads, diag, state = with_estimate(
-            params, first, state, extra_args
+            params, curved, first, state, extra_args
         )
         if has_aux:
             return *plain(params, batch), diag, state
@@ -168,27 +183,36 @@ def value_and_grad_with_curvature(
         check_params(params)
         if refresh is not None:
             check_flag("refresh", refresh)
-        inner = find_state(state)
-        check_same_estimator(
-            jax.eval_shape(estimator.init, params), inner.estimator_state
-        )
-        if refresh is None and inner.refresh_due is None:
+        inner = find_states(state)
+        curved = masked_in_all(params, [s.mu for s in inner])
+        initial = jax.eval_shape(estimator.init, curved)
+        for other in inner:
+            check_same_estimator(initial, other.estimator_state)
+        due = [s.refresh_due for s in inner]
+        refreshed = None
+        if refresh is None and any(d is None for d in due):
             refresh = True
+            refreshed = None if len(due) == 1 else jnp.array(True)
+        elif refresh is None:
+            refreshed = functools.reduce(jnp.logical_or, due)
 
         def fresh(estimator_state: Any) -> tuple[Any, ...]:
-            return with_estimate_on_part(params, batch, estimator_state, extra_args)
+            return with_estimate_on_part(
+                params, curved, batch, estimator_state, extra_args
+            )
 
         def kept(estimator_state: Any) -> tuple[Any, ...]:
-            zeros = jax.tree.map(jnp.zeros_like, params)
+            zeros = jax.tree.map(jnp.zeros_like, curved)
             return *plain(params, batch), zeros, estimator_state
 
+        estimator_state = inner[0].estimator_state
         if refresh is None:
             value, grads, diag, estimator_state = jax.lax.cond(
-                inner.refresh_due, fresh, kept, inner.estimator_state
+                refreshed, fresh, kept, estimator_state
             )
         else:
             value, grads, diag, estimator_state = (fresh if refresh else kept)(
-                inner.estimator_state
+                estimator_state
             )
         return (
             value,
@@ -196,8 +220,8 @@ def value_and_grad_with_curvature(
             Curvature(
                 hessian_diag=None if refresh is False else diag,
                 estimator_state=estimator_state,
-                count=inner.count,
-                refreshed=inner.refresh_due if refresh is None else None,
+                count=inner[0].count,
+                refreshed=refreshed,
             ),
         )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.axes import AxisName, as_varying, axis_key
 from adahessian_jax.checks import (
     check_axis_name,
     check_choice,
@@ -26,7 +27,7 @@ from adahessian_jax.linearized import (
     wide,
 )
 from adahessian_jax.output_losses import OutputLoss, as_output_loss, row_weights
-from adahessian_jax.probes import as_key, axis_key, rademacher_like
+from adahessian_jax.probes import as_key, rademacher_like
 from adahessian_jax.protocol import CurvatureEstimator
 
 
@@ -44,7 +45,7 @@ def gauss_newton(
     reduction: str = "mean",
     event_ndim: int = 1,
     seed: int | jax.Array = 0,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
 ) -> CurvatureEstimator:
     r"""Estimate the diagonal of the Gauss-Newton matrix from a network's outputs.
 
@@ -168,7 +169,7 @@ def gauss_newton(
         del updates, extra_args
         check_params(params)
         key, keys = split_keys(state)
-        model = linearize(predict_fn, params)
+        model = linearize(predict_fn, as_varying(params, axis_name))
         return estimate(keys, model, targets), GaussNewtonState(key)
 
     def value_and_grad(
@@ -182,6 +183,7 @@ def gauss_newton(
     ) -> tuple[Any, optax.Updates, optax.Updates, GaussNewtonState]:
         del extra_args
         key, keys = split_keys(state)
+        params = as_varying(params, axis_name)
         model, value, grads = linearize_with_loss(fun, params, has_aux=has_aux)
         diag = estimate(keys, model, targets)
         return value, model.as_params(grads), diag, GaussNewtonState(key)
@@ -202,7 +204,9 @@ def gauss_newton(
             diag = jax.lax.psum(diag, axis_name)
         return model.as_params(diag)
 
-    return CurvatureEstimator(init_fn, update_fn, value_and_grad, needs_outputs=True)
+    return CurvatureEstimator(
+        init_fn, update_fn, value_and_grad, needs_outputs=True, axis_name=axis_name
+    )
 
 
 def _sampled_labels_estimate(

@@ -11,6 +11,7 @@ import optax
 from adahessian_jax.checks import check_callable, check_scalar, raise_if
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.hvp import Floats, split_differentiable
+from adahessian_jax.masking import explain_masked
 from adahessian_jax.output_losses import OutputLoss
 from adahessian_jax.probes import rademacher_like
 
@@ -43,8 +44,10 @@ def linearize(
         )
     check_callable("predict_fn", predict_fn, "params -> outputs")
 
+    explained = explain_masked("predict_fn", predict_fn, params)
+
     def with_loss_of_zero(params: optax.Params) -> Any:
-        return jnp.zeros(()), predict_fn(params)
+        return jnp.zeros(()), explained(params)
 
     return _linearize(with_loss_of_zero, params, "predict_fn", has_aux=False)[0]
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.axes import AxisName, axis_size, mean_over_axis
 from adahessian_jax.checks import check_float, check_int
 from adahessian_jax.control_variates import ControlVariate, Product
 from adahessian_jax.dtypes import accumulation_dtype
@@ -103,7 +104,8 @@ def low_rank_control(
         dtype = accumulation_dtype(*floats)
 
         def stacked(x: Any) -> jax.Array:
-            return jnp.zeros((rank, *jnp.shape(x)), jnp.result_type(x))
+            # Sharded like x.
+            return jnp.broadcast_to(jnp.zeros_like(x), (rank, *jnp.shape(x)))
 
         return LowRankState(
             basis=jax.tree.map(stacked, params),
@@ -119,6 +121,8 @@ def low_rank_control(
         state: LowRankState,
         probes: optax.Updates,
         product: Product,
+        *,
+        axis_name: AxisName,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LowRankState]:
         del extra_args
@@ -138,6 +142,16 @@ def low_rank_control(
             return d.astype(z.dtype)
 
         diag = [estimate(*leaves) for leaves in zip(z, y, q, strict=True)]
+
+        # Each device has samples of its own, but all go on from the same state. The
+        # mean of n independent products is as long as one of them over sqrt(n).
+        n_devices = axis_size(axis_name)
+        outer = mean_over_axis(
+            (jnp.outer(qy, qz), jnp.outer(qy, qy), jnp.outer(qz, qz)), axis_name
+        )
+        if axis_name is not None:
+            y = [n_devices**0.5 * a for a in mean_over_axis(y, axis_name)]
+            qy = _dots(q, y, dtype)
 
         # B = Q diag(lengths) with a new column y: its Gram matrix is known from qy.
         rho = jnp.asarray(decay, dtype)
@@ -169,18 +183,18 @@ def low_rank_control(
         # Q_new' Q_old, which carries the averages over to the new basis.
         rotation = in_basis.T + in_y[:, None] * qy[None, :]
 
-        def carry(average: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-            moved = rho * average + (1 - rho) * jnp.outer(a, b)
+        def carry(average: jax.Array, new: jax.Array) -> jax.Array:
+            moved = rho * average + (1 - rho) * new
             return rotation @ moved @ rotation.T
 
         return rebuild(diag), LowRankState(
             basis=rebuild_basis(basis),
             lengths=lengths,
-            products=carry(state.products, qy, qz),
-            squares=carry(state.squares, qy, qy),
-            probes=carry(state.probes, qz, qz),
+            products=carry(state.products, outer[0]),
+            squares=carry(state.squares, outer[1]),
+            probes=carry(state.probes, outer[2]),
             weight=rho * state.weight + (1 - rho),
-            squared_weight=rho**2 * state.squared_weight + (1 - rho) ** 2,
+            squared_weight=rho**2 * state.squared_weight + (1 - rho) ** 2 / n_devices,
         )
 
     return ControlVariate(init_fn, correct)
@@ -219,7 +233,8 @@ def _dot(a: Floats, b: Floats, dtype: Any) -> jax.Array:
 def _dots(q: Floats, x: Floats, dtype: Any) -> jax.Array:
     """Return the product of each direction of a basis with a vector."""
     products = [
-        jnp.tensordot(a.astype(dtype), b.astype(dtype), axes=b.ndim)
+        # Not a matrix product, which JAX refuses where a is sharded by explicit types.
+        jnp.sum(a.astype(dtype) * b.astype(dtype), axis=range(1, a.ndim))
         for a, b in zip(q, x, strict=True)
     ]
     return sum(products[1:], start=products[0])

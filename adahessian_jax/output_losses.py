@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adahessian_jax.axes import AxisName
 from adahessian_jax.checks import (
     check_callable,
     check_choice,
@@ -55,7 +56,7 @@ def row_weights(
     weights: jax.Array | None,
     event_ndim: int,
     reduction: str,
-    axis_name: str | tuple[str, ...] | None,
+    axis_name: AxisName,
 ) -> jax.Array:
     """Return the weight of each row in the objective, in a shape that broadcasts.
 

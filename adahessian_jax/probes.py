@@ -88,16 +88,3 @@ def as_key(seed: int | jax.Array) -> jax.Array:
     through every checkpoint format.
     """
     return jax.random.PRNGKey(seed) if isinstance(seed, int) else jnp.copy(seed)
-
-
-def axis_key(key: jax.Array, axis_name: str | tuple[str, ...] | None) -> jax.Array:
-    """Return a key of its own for each device of an axis; without one, ``key``."""
-    if axis_name is None:
-        return key
-    try:
-        return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-    except NameError:
-        raise ValueError(
-            f"axis_name={axis_name!r} is not bound here: call update inside jax.pmap,"
-            " jax.shard_map or jax.vmap with that axis name, or leave axis_name out."
-        ) from None

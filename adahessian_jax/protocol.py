@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.axes import AxisName
+from adahessian_jax.dtypes import is_differentiable
+
 
 class CurvatureEstimator(optax.GradientTransformationExtraArgs):
     """An estimator that can share its pass over the network with the gradient.
@@ -22,10 +25,13 @@ class CurvatureEstimator(optax.GradientTransformationExtraArgs):
         and ``update`` together, from one pass.
       needs_outputs: whether ``loss_fn`` returns ``(loss, outputs)`` in place of the
         loss.
+      axis_name: the axis of devices over which estimates, but not gradients, are
+        averaged.
     """
 
     value_and_grad: Callable[..., tuple[Any, optax.Updates, optax.Updates, Any]]
     needs_outputs: bool
+    axis_name: AxisName
 
     def __new__(
         cls,
@@ -33,11 +39,13 @@ class CurvatureEstimator(optax.GradientTransformationExtraArgs):
         update: Callable[..., Any],
         value_and_grad: Callable[..., Any],
         needs_outputs: bool = False,
+        axis_name: AxisName = None,
     ) -> "CurvatureEstimator":
         """Make an estimator of its functions."""
         self = super().__new__(cls, init, update)
         self.value_and_grad = value_and_grad
         self.needs_outputs = needs_outputs
+        self.axis_name = axis_name
         return self
 
 
@@ -66,8 +74,10 @@ def check_same_estimator(state: Any, optimizers: Any) -> None:
     """Raise ValueError unless two states are those of estimators of the same kind."""
     theirs: Any = jax.tree.structure(state)
     ours: Any = jax.tree.structure(optimizers)
+    # A key may be typed in one and raw in the other.
     shapes, expected = (
-        [jnp.shape(x) for x in jax.tree.leaves(s)] for s in (state, optimizers)
+        [jnp.shape(x) for x in jax.tree.leaves(s) if is_differentiable(x)]
+        for s in (state, optimizers)
     )
     if theirs != ours or shapes != expected:
         raise ValueError(

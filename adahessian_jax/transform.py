@@ -23,6 +23,7 @@ from adahessian_jax.checks import (
 )
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.estimators import hutchinson
+from adahessian_jax.masking import mask_like
 from adahessian_jax.moving_average import HessianEMA, as_dtype, debias, ema
 from adahessian_jax.protocol import Curvature, as_estimator, check_same_estimator
 
@@ -124,7 +125,8 @@ def scale_by_adahessian(
 
     def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
         check_real("params", params)
-        nu = _zeros_like(_averaged_shapes(averaging, params), nu_dtype)
+        _warn_if_unused(averaging, params)
+        nu = _zeros_like(_average(averaging, _zeros_like(params)), nu_dtype)
         return ScaleByAdaHessianState(
             count=jnp.zeros([], jnp.int32),
             refreshes=jnp.zeros([], jnp.int32),
@@ -151,6 +153,7 @@ def scale_by_adahessian(
             extra_args["hessian_ema"] = HessianEMA(state.nu, b2, seen)
 
         def averaged(name: str, diag: optax.Updates) -> optax.Updates:
+            diag = mask_like(diag, params)
             check_like(name, diag, params)
             return _cast_like(_average(averaging, diag), state.nu)
 
@@ -160,7 +163,6 @@ def scale_by_adahessian(
 
         def fresh(estimator_state: Any) -> tuple[optax.Updates, Any]:
             if curvature is not None:
-                estimator_state = curvature.estimator_state
                 diag = averaged("curvature", curvature.hessian_diag)
             elif hessian_diag is not None:
                 diag = averaged("hessian_diag", hessian_diag)
@@ -175,16 +177,21 @@ def scale_by_adahessian(
             return state.hessian_diag if keep_estimate else state.nu, estimator_state
 
         refresh: bool | jax.Array | None = state.refresh_due
+        estimator_state = state.estimator_state
         if curvature is not None:
             _check_curvature(curvature, state)
-            refresh = curvature.refreshed
-        if refresh is None:
-            refresh = curvature is None or curvature.hessian_diag is not None
-            choose = fresh if refresh else kept
-            chosen, estimator_state = choose(state.estimator_state)
+            estimator_state = curvature.estimator_state
+            if curvature.refreshed is None or refresh is None:
+                refresh = curvature.hessian_diag is not None
+            else:  # estimated, but maybe for another group of parameters
+                refresh = refresh & curvature.refreshed
+        elif refresh is None:
+            refresh = True
+        if isinstance(refresh, bool):
+            chosen, estimator_state = (fresh if refresh else kept)(estimator_state)
         else:
             chosen, estimator_state = jax.lax.cond(
-                refresh, fresh, kept, state.estimator_state
+                refresh, fresh, kept, estimator_state
             )
         nu = accumulate(chosen) if keep_estimate else chosen
         mu = jax.tree.map(lambda g, m: ema(b1, g, m, 1), updates, state.mu)
@@ -226,17 +233,32 @@ def scale_by_adahessian(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def find_state(state: optax.OptState) -> ScaleByAdaHessianState:
-    """Return the one state of AdaHessian inside that of a chain or wrapper."""
+def find_states(state: optax.OptState) -> list[ScaleByAdaHessianState]:
+    """Return the states of AdaHessian inside that of a chain or wrapper, at least one.
+
+    There is more than one where ``optax.partition`` gives groups of parameters an
+    AdaHessian each.
+    """
 
     def is_ours(x: Any) -> bool:
         return isinstance(x, ScaleByAdaHessianState)
 
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
-    if len(found) != 1:
+    if not found:
         raise ValueError(
-            "state must contain the state of one scale_by_adahessian or adahessian,"
-            f" found {len(found)} of them."
+            "state must contain the state of a scale_by_adahessian or adahessian, and"
+            f" there is none in one of type {type(state).__name__}."
+        )
+    return found
+
+
+def find_state(state: optax.OptState) -> ScaleByAdaHessianState:
+    """Return the only state of AdaHessian inside that of a chain or wrapper."""
+    found = find_states(state)
+    if len(found) > 1:
+        raise ValueError(
+            f"state contains the states of {len(found)} AdaHessians: pass that of one,"
+            " for optax.partition state.inner_states[label]."
         )
     return found[0]
 
@@ -262,9 +284,9 @@ def _check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
         )
 
 
-def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> Any:
+def _warn_if_unused(averaging: AveragingRule | None, params: optax.Params) -> None:
     if averaging is None:
-        return params
+        return
     untouched = []
 
     def noting(path: Any, leaf: jax.Array) -> jax.Array:
@@ -272,7 +294,7 @@ def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> A
         untouched.append(averaged is leaf)
         return averaged
 
-    shapes = jax.eval_shape(lambda p: _average(noting, p), params)
+    jax.eval_shape(lambda p: _average(noting, p), params)
     if untouched and all(untouched):
         first, _ = jax.tree_util.tree_leaves_with_path(params)[0]
         warnings.warn(
@@ -281,7 +303,6 @@ def _averaged_shapes(averaging: AveragingRule | None, params: optax.Params) -> A
             " with is_conv= for conv_spatial_average.",
             stacklevel=3,
         )
-    return shapes
 
 
 def _average(averaging: AveragingRule | None, diag: optax.Updates) -> optax.Updates:
@@ -310,9 +331,8 @@ def _average(averaging: AveragingRule | None, diag: optax.Updates) -> optax.Upda
 
 
 def _zeros_like(tree: Any, dtype: Any = None) -> optax.Updates:
-    def zeros(x: Any) -> jax.Array:
-        own = dtype is None or not is_differentiable(x)
-        return jnp.zeros(jnp.shape(x), jnp.result_type(x) if own else dtype)
+    def zeros(x: Any) -> jax.Array:  # sharded like x
+        return jnp.zeros_like(x, dtype=dtype if is_differentiable(x) else None)
 
     return jax.tree.map(zeros, tree)
 

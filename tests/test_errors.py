@@ -655,7 +655,8 @@ USE = {
     "diagnostics-of-adam": (
         lambda: ah.diagnostics(optax.adam(0.1).init(W)),
         ValueError,
-        "state must contain the state of one scale_by_adahessian or adahessian, found",
+        "state must contain the state of a scale_by_adahessian or adahessian, and there"
+        " is none in one of type tuple.",
     ),
     "diagnostics-estimate": (
         lambda: ah.diagnostics(ah.adahessian(0.1).init(W), estimate={"w": W["w"]}),
@@ -704,7 +705,8 @@ USE = {
     "fused-without-state": (
         lambda: ah.value_and_grad_with_curvature(loss, ah.hutchinson())(W),
         ValueError,
-        "state must contain the state of one scale_by_adahessian or adahessian, found",
+        "state must contain the state of a scale_by_adahessian or adahessian, and there"
+        " is none in one of type tuple.",
     ),
     "fused-vector": (
         lambda: fused_update(ah.hutchinson(), loss_fn=lambda p: p["w"]),

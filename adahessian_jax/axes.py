@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done alike on each device of a ``pmap`` or ``shard_map`` axis, and what not.
+
+Every function takes the name of an axis, a tuple of names, or None for no axis.
+"""
+
+from typing import Any
+
+import jax
+
+from adahessian_jax.dtypes import is_differentiable
+
+AxisName = str | tuple[str, ...] | None
+
+
+def axis_key(key: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Return a key of its own for each device of an axis; without one, ``key``."""
+    if axis_name is None:
+        return key
+    try:
+        return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    except NameError:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here: call update inside jax.pmap,"
+            " jax.shard_map or jax.vmap with that axis name, or leave axis_name out."
+        ) from None
+
+
+def axis_size(axis_name: AxisName) -> int:
+    """Return the number of devices of an axis, 1 without one."""
+    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
+
+
+def mean_over_axis(tree: Any, axis_name: AxisName) -> Any:
+    """Average the floating-point leaves of a tree over an axis."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.lax.pmean(x, axis_name) if is_differentiable(x) else x, tree
+    )
+
+
+def as_varying(tree: Any, axis_name: AxisName) -> Any:
+    """Take a tree for one that differs between devices, so that derivatives may.
+
+    Inside ``jax.shard_map``, which keeps account of what differs, the derivative in
+    something that all devices share is the sum of the derivatives on all of them.
+    """
+    if axis_name is None or not hasattr(jax, "typeof"):
+        return tree
+    manual = jax.sharding.get_abstract_mesh().manual_axes  # none inside vmap
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+
+    def one(x: Any) -> Any:
+        known = getattr(jax.typeof(x), "vma", frozenset())
+        new = tuple(name for name in names if name in manual and name not in known)
+        if not new or not is_differentiable(x):
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, new, to="varying")
+        return jax.lax.pvary(x, new)
+
+    return jax.tree.map(one, tree)

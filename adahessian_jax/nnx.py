@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flax NNX modules as functions of their parameters; needs Flax 0.12."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from adahessian_jax import fused
+from adahessian_jax.masking import fill_masked
+
+
+def functional(
+    fun: Callable[[nnx.Module], Any], model: nnx.Module, *, wrt: Any = nnx.Param
+) -> Callable[[optax.Params], Any]:
+    """Turn a function of a module into one of its parameters.
+
+    Every call sees the module as it is now, batch statistics and the state of its
+    random number generators included: dropout has one mask, and what a call changes in
+    the module is dropped.
+
+    Args:
+      fun: a function of the module, to the loss or to the outputs.
+      model: the module.
+      wrt: which variables are the parameters, as in ``nnx.Optimizer``.
+
+    Returns:
+      The function for ``obj_fn`` or ``predict_fn``. Parameters that a wrapper such as
+      ``optax.partition`` has masked are those of the module.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import adahessian_jax as ah
+      >>> from adahessian_jax.nnx import functional
+      >>> model, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.ones((4, 2))
+      >>> optimizer = nnx.Optimizer(model, ah.adahessian(0.1), wrt=nnx.Param)
+      >>> def loss_fn(model): return jnp.mean(model(x) ** 2)
+      >>> loss, grads = nnx.value_and_grad(loss_fn)(model)
+      >>> updates = optimizer.update(model, grads, obj_fn=functional(loss_fn, model))
+      >>> bool(loss_fn(model) < loss)
+      True
+    """
+    graphdef, params, rest = nnx.split(model, wrt, ...)
+    params = nnx.as_pure(params)
+    return lambda p: fun(nnx.merge(graphdef, fill_masked(p, params), rest))
+
+
+def value_and_grad_with_curvature(
+    loss_fn: Callable[..., Any],
+    estimator: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    curvature_batch: int | None = None,
+    wrt: Any = nnx.Param,
+) -> Callable[..., tuple[Any, optax.Updates, Any]]:
+    """Do as :func:`adahessian_jax.value_and_grad_with_curvature` for modules.
+
+    Args:
+      loss_fn: ``(model, *batch)`` to the loss, or to what an estimator or ``has_aux``
+        want in its place.
+      estimator: the one that the optimizer was made with.
+      has_aux: whether ``loss_fn`` returns auxiliary values as well.
+      curvature_batch: estimate from so many first examples only; the others go
+        through the network again with all, as with ``has_aux`` there.
+      wrt: which variables are the parameters, as in ``nnx.Optimizer``.
+
+    Returns:
+      A function ``(model, *batch, optimizer, refresh=None)`` to ``(value, grads,
+      curvature)``, for ``optimizer.update(model, grads, curvature=curvature)``. It
+      changes the module as a call of ``loss_fn`` does: batch statistics and the counts
+      of random number generators move on once.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import adahessian_jax as ah
+      >>> from adahessian_jax.nnx import value_and_grad_with_curvature
+      >>> model, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.ones((4, 2))
+      >>> optimizer = nnx.Optimizer(model, ah.adahessian(0.1), wrt=nnx.Param)
+      >>> value_and_grad = value_and_grad_with_curvature(
+      ...   lambda model, x: jnp.mean(model(x) ** 2), ah.hutchinson())
+      >>> loss, grads, curvature = value_and_grad(model, x, optimizer=optimizer)
+      >>> updates = optimizer.update(model, grads, curvature=curvature)
+    """
+
+    def value_and_grad_fn(
+        model: nnx.Module,
+        *batch: Any,
+        optimizer: nnx.Optimizer,
+        refresh: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.Updates, Any]:
+        graphdef, params, rest = nnx.split(model, wrt, ...)
+
+        def loss_and_rest(params: optax.Params, *batch: Any) -> tuple[Any, Any]:
+            copy = nnx.merge(graphdef, params, rest)
+            out = loss_fn(copy, *batch)
+            out, aux = out if has_aux else (out, None)
+            _, _, new_rest = nnx.split(copy, wrt, ...)
+            return out, (aux, new_rest)
+
+        (value, (aux, new_rest)), grads, curvature = (
+            fused.value_and_grad_with_curvature(
+                loss_and_rest, estimator, has_aux=True, curvature_batch=curvature_batch
+            )(
+                nnx.as_pure(params),
+                *batch,
+                state=nnx.as_pure(optimizer.opt_state),
+                refresh=refresh,
+                **extra_args,
+            )
+        )
+        nnx.update(model, new_rest)
+        # The optimizer selects gradients by the kind of their variables.
+        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+        return (value, aux) if has_aux else value, grads, curvature
+
+    return value_and_grad_fn

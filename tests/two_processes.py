@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of several processes that train together; run by test_devices.py.
+
+Arguments: address of the coordinator, number of processes, which of them this is, and
+the file to which parameters and state are saved.
+"""
+
+import os
+import sys
+
+address, n_processes, process, file = sys.argv[1:]
+n_local = 8 // int(n_processes)
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={n_local}"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+
+if int(n_processes) > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, int(n_processes), int(process))
+
+import adahessian_jax as ah  # noqa: E402
+from tests.test_devices import (  # noqa: E402
+    PARAMS,
+    P,
+    X,
+    Y,
+    make_step,
+    mesh_of,
+    shard_mapped,
+    train,
+)
+
+assert jax.device_count() == 8
+assert jax.local_device_count() == n_local
+mesh = mesh_of()
+
+
+def placed(tree, spec):
+    """Put the same whole arrays of each process on all devices, by parts or whole."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(
+            np.shape(x), sharding, lambda index: np.asarray(x)[index]
+        ),
+        tree,
+    )
+
+
+estimator = ah.hutchinson(axis_name="data")
+tx = ah.adahessian(0.02, estimator=estimator, update_interval=3)
+step = shard_mapped(make_step(tx, estimator, "fused", "data"), mesh, check=True)
+start = placed((PARAMS, tx.init(PARAMS)), P())
+trained = train(step, *start, *placed((X, Y), P("data")), steps=20)
+leaves = [np.asarray(x.addressable_shards[0].data) for x in jax.tree.leaves(trained)]
+np.savez(file, **{str(i): x for i, x in enumerate(leaves)})
