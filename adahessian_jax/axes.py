@@ -52,12 +52,12 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
 
     def one(x: Any) -> Any:
-        known = getattr(jax.typeof(x), "vma", frozenset())
+        known: frozenset[Any] = getattr(jax.typeof(x), "vma", frozenset())
         new = tuple(name for name in names if name in manual and name not in known)
         if not new or not is_differentiable(x):
             return x
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(x, new, to="varying")
-        return jax.lax.pvary(x, new)
+        return jax.lax.pvary(x, new)  # type: ignore[attr-defined,unused-ignore]
 
     return jax.tree.map(one, tree)

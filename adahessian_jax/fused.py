@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Value, gradient and curvature of a loss from one pass over the network."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -187,14 +186,14 @@ def value_and_grad_with_curvature(
         curved = masked_in_all(params, [s.mu for s in inner])
         initial = jax.eval_shape(estimator.init, curved)
         for other in inner:
-            check_same_estimator(initial, other.estimator_state)
-        due = [s.refresh_due for s in inner]
+            check_same_estimator("curvature", initial, other.estimator_state)
+        due = [s.refresh_due for s in inner if s.refresh_due is not None]
         refreshed = None
-        if refresh is None and any(d is None for d in due):
+        if refresh is None and len(due) < len(inner):
             refresh = True
-            refreshed = None if len(due) == 1 else jnp.array(True)
+            refreshed = jnp.array(True) if due else None
         elif refresh is None:
-            refreshed = functools.reduce(jnp.logical_or, due)
+            refreshed = jnp.any(jnp.stack(due))
 
         def fresh(estimator_state: Any) -> tuple[Any, ...]:
             return with_estimate_on_part(

@@ -43,8 +43,7 @@ def functional(
       >>> bool(loss_fn(model) < loss)
       True
     """
-    graphdef, params, rest = nnx.split(model, wrt, ...)
-    params = nnx.as_pure(params)
+    graphdef, params, rest = _split(model, wrt)
     return lambda p: fun(nnx.merge(graphdef, fill_masked(p, params), rest))
 
 
@@ -93,13 +92,13 @@ def value_and_grad_with_curvature(
         refresh: bool | None = None,
         **extra_args: Any,
     ) -> tuple[Any, optax.Updates, Any]:
-        graphdef, params, rest = nnx.split(model, wrt, ...)
+        graphdef, params, rest = _split(model, wrt)
 
         def loss_and_rest(params: optax.Params, *batch: Any) -> tuple[Any, Any]:
             copy = nnx.merge(graphdef, params, rest)
             out = loss_fn(copy, *batch)
             out, aux = out if has_aux else (out, None)
-            _, _, new_rest = nnx.split(copy, wrt, ...)
+            _, _, new_rest = _split(copy, wrt)
             return out, (aux, new_rest)
 
         (value, (aux, new_rest)), grads, curvature = (
@@ -115,7 +114,16 @@ def value_and_grad_with_curvature(
         )
         nnx.update(model, new_rest)
         # The optimizer selects gradients by the kind of their variables.
-        grads = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(grads))
+        treedef = jax.tree.structure(nnx.state(model, wrt))
+        grads = jax.tree.unflatten(treedef, jax.tree.leaves(grads))
         return (value, aux) if has_aux else value, grads, curvature
 
     return value_and_grad_fn
+
+
+def _split(model: nnx.Module, wrt: Any) -> tuple[Any, Any, Any]:
+    """Return a module's structure, and the arrays of its parameters and the rest."""
+    split: Any = nnx.split
+    graphdef, params, rest = split(model, wrt, ...)
+    # Variables belong to the trace that they were made in; arrays do not.
+    return graphdef, nnx.as_pure(params), nnx.as_pure(rest)

@@ -70,17 +70,19 @@ def as_estimator(estimator: Any) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(estimator)
 
 
-def check_same_estimator(state: Any, optimizers: Any) -> None:
+def check_same_estimator(name: str, state: Any, expected: Any) -> None:
     """Raise ValueError unless two states are those of estimators of the same kind."""
-    theirs: Any = jax.tree.structure(state)
-    ours: Any = jax.tree.structure(optimizers)
     # A key may be typed in one and raw in the other.
-    shapes, expected = (
+    shapes, expected_shapes = (
         [jnp.shape(x) for x in jax.tree.leaves(s) if is_differentiable(x)]
-        for s in (state, optimizers)
+        for s in (state, expected)
     )
-    if theirs != ours or shapes != expected:
+    structure: Any = jax.tree.structure(state)
+    expected_structure: Any = jax.tree.structure(expected)
+    if structure != expected_structure or shapes != expected_shapes:
         raise ValueError(
-            "curvature comes from another estimator than the optimizer's: its state is"
-            f" {theirs}, the optimizer's {ours}. Give both the same estimator."
+            f"{name} comes from another estimator than the optimizer's: its state is"
+            f" {structure} with arrays of shapes {shapes}, the optimizer's"
+            f" {expected_structure} with {expected_shapes}. Give both the same"
+            " estimator."
         )

@@ -29,7 +29,12 @@ from adahessian_jax.protocol import Curvature, as_estimator, check_same_estimato
 
 
 class ScaleByAdaHessianState(NamedTuple):
-    """State of the AdaHessian transformation."""
+    """State of the AdaHessian transformation.
+
+    Checkpoints of it stay readable within a minor version. A version that adds, drops
+    or renames a field says so in the changelog under "State", with what to put in its
+    place; a state of another configuration is refused by ``update``.
+    """
 
     # How many updates there were, shape (), int32; hides tuple.count.
     count: jax.Array  # type: ignore[assignment]
@@ -137,6 +142,30 @@ def scale_by_adahessian(
             estimator_state=estimator.init(params),
         )
 
+    def check_state(state: Any, params: optax.Params) -> None:
+        """Raise unless a state is one of this configuration, as from a checkpoint."""
+        if not isinstance(state, ScaleByAdaHessianState):
+            raise TypeError(
+                "state must be a ScaleByAdaHessianState, got a"
+                f" {type(state).__name__}. Restore checkpoints into the structure of"
+                " tx.init(params)."
+            )
+        check_like("state.mu", state.mu, params)
+        for name, expected, got in (
+            ("update_interval", always, state.refresh_due is None),
+            ("reuse_estimate", keep_estimate, state.hessian_diag is not None),
+        ):
+            if expected != got:
+                raise ValueError(
+                    "state must come from an optimizer of the same configuration, and"
+                    f" this one has another {name}. A change of update_interval between"
+                    " 1 and more, or of reuse_estimate, needs a new state: state ="
+                    " tx.init(params)."
+                )
+        check_same_estimator(
+            "state", state.estimator_state, jax.eval_shape(estimator.init, params)
+        )
+
     def update_fn(
         updates: optax.Updates,
         state: ScaleByAdaHessianState,
@@ -148,6 +177,7 @@ def scale_by_adahessian(
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         check_params(params)
         check_like("updates", updates, params)
+        check_state(state, params)
         if hessian_ema == "mean":
             seen = state.count if reuse_estimate else state.refreshes
             extra_args["hessian_ema"] = HessianEMA(state.nu, b2, seen)
@@ -155,7 +185,16 @@ def scale_by_adahessian(
         def averaged(name: str, diag: optax.Updates) -> optax.Updates:
             diag = mask_like(diag, params)
             check_like(name, diag, params)
-            return _cast_like(_average(averaging, diag), state.nu)
+            diag = _average(averaging, diag)
+            if [jnp.shape(x) for x in jax.tree.leaves(diag)] != [
+                jnp.shape(x) for x in jax.tree.leaves(state.nu)
+            ]:
+                raise ValueError(
+                    "state must come from an optimizer with the same averaging: its nu"
+                    " has other shapes than this one's averages. Make a new one by"
+                    " tx.init(params)."
+                )
+            return _cast_like(diag, state.nu)
 
         def accumulate(diag: optax.Updates) -> optax.Updates:
             nu = jax.tree.map(lambda d, v: ema(b2, d, v, order), diag, state.nu)
@@ -269,7 +308,7 @@ def _check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
             "curvature must be what value_and_grad_with_curvature returned, got"
             f" {curvature!r}. For an estimate of your own use hessian_diag."
         )
-    check_same_estimator(curvature.estimator_state, state.estimator_state)
+    check_same_estimator("curvature", curvature.estimator_state, state.estimator_state)
     raise_if(
         curvature.count != state.count,
         "curvature was computed for another state of the optimizer: call"

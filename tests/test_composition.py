@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 
 import adahessian_jax as ah
 from tests.problems import cross_entropy
@@ -665,8 +666,8 @@ def test_export(path):
         return updates, jax.tree.leaves(state)
 
     leaves = jax.tree.leaves(state)
-    exported = jax.export.export(jax.jit(flat_step))(PARAMS, leaves, X, Y)
-    loaded = jax.export.deserialize(exported.serialize())
+    exported = export.export(jax.jit(flat_step))(PARAMS, leaves, X, Y)
+    loaded = export.deserialize(exported.serialize())
     params = PARAMS
     for _ in range(3):
         updates, leaves = loaded.call(params, leaves, X, Y)

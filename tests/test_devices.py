@@ -39,9 +39,9 @@ PARAMS = {
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
-    """optax.adam mixes dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
+def settings():
+    """Let optax.adam mix dtypes, and every device draw its part of the random bits."""
+    with jax.numpy_dtype_promotion("standard"), jax.threefry_partitionable(True):
         yield
 
 
@@ -124,7 +124,8 @@ def make_step(tx, estimator, path, axis_name=None):
 
 def train(step, params, state, x, y, steps=4):
     for _ in range(steps):
-        params, state = step(params, state, x, y)
+        # Many steps at once, of more devices than cores, can deadlock on CPU.
+        params, state = jax.block_until_ready(step(params, state, x, y))
     return params, state
 
 
@@ -287,6 +288,11 @@ def test_variance_falls_with_independent_probes():
 LAYOUTS = pytest.mark.parametrize("layout", ["data-parallel", "fully-sharded"])
 
 
+def skip_if_partitioned_otherwise(name):
+    if name == "gauss-newton-control" and jax.__version_info__ < (0, 10):
+        pytest.skip("older versions of XLA shard the bias of a replicated network")
+
+
 def sharding_of(layout, mesh):
     return NamedSharding(mesh, P("data") if layout == "fully-sharded" else P())
 
@@ -300,6 +306,7 @@ def test_jit_over_a_mesh(kind, path, name, layout):
     """A program over sharded arrays does what it does on one device."""
     if kind == "Explicit" and not hasattr(jax, "set_mesh"):
         pytest.skip("this version of JAX has no explicit sharding")
+    skip_if_partitioned_otherwise(name)
     estimator = make_estimator(name)
     tx = ah.adahessian(
         0.02, estimator=estimator, update_interval=2, relative_damping=0.1
@@ -336,6 +343,7 @@ def collectives(step, *args):
 @EVERY_ESTIMATOR
 def test_data_parallel_steps_exchange_sums_only(name):
     """Parts of gradient and estimate are added up, and nothing is gathered."""
+    skip_if_partitioned_otherwise(name)
     estimator = make_estimator(name)
     tx = ah.adahessian(0.02, estimator=estimator)
     mesh = mesh_of()
@@ -432,7 +440,11 @@ def test_two_processes(tmp_path):
         address = f"localhost:{s.getsockname()[1]}"
     script = pathlib.Path(__file__).with_name("two_processes.py")
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(script.parents[1]), "JAX_PLATFORMS": "cpu"}
+    env |= {
+        "PYTHONPATH": str(script.parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_X64": "1",
+    }
     files = [tmp_path / f"{i}.npz" for i in range(3)]
     runs = [
         subprocess.Popen(
@@ -450,4 +462,4 @@ def test_two_processes(tmp_path):
     first, second, single = (dict(np.load(file)) for file in files)
     assert len(first) > 5
     chex.assert_trees_all_equal(first, second)
-    chex.assert_trees_all_close(first, single, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(first, single, rtol=1e-6, atol=1e-9)

@@ -51,7 +51,8 @@ def placed(tree, spec):
 estimator = ah.hutchinson(axis_name="data")
 tx = ah.adahessian(0.02, estimator=estimator, update_interval=3)
 step = shard_mapped(make_step(tx, estimator, "fused", "data"), mesh, check=True)
-start = placed((PARAMS, tx.init(PARAMS)), P())
-trained = train(step, *start, *placed((X, Y), P("data")), steps=20)
+params, batch = jax.tree.map(np.float64, (PARAMS, (X, Y)))
+start = placed((params, tx.init(params)), P())
+trained = train(step, *start, *placed(batch, P("data")), steps=20)
 leaves = [np.asarray(x.addressable_shards[0].data) for x in jax.tree.leaves(trained)]
 np.savez(file, **{str(i): x for i, x in enumerate(leaves)})
