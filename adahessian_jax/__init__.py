@@ -27,7 +27,7 @@ from adahessian_jax.probes import normal_like as normal_like
 from adahessian_jax.probes import rademacher_like as rademacher_like
 from adahessian_jax.protocol import Curvature as Curvature
 from adahessian_jax.protocol import CurvatureEstimator as CurvatureEstimator
-from adahessian_jax.transform import ScaleByAdaHessianState as ScaleByAdaHessianState
+from adahessian_jax.state import ScaleByAdaHessianState as ScaleByAdaHessianState
 from adahessian_jax.transform import scale_by_adahessian as scale_by_adahessian
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import optax
 
 from adahessian_jax.checks import check_float, check_like
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.transform import find_state
+from adahessian_jax.state import find_state
 
 
 def diagnostics(

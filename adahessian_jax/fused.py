@@ -25,7 +25,7 @@ from adahessian_jax.protocol import (
     as_estimator,
     check_same_estimator,
 )
-from adahessian_jax.transform import find_states
+from adahessian_jax.state import find_states
 
 
 def value_and_grad_with_curvature(

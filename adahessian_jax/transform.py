@@ -2,7 +2,7 @@
 """AdaHessian as a gradient transformation."""
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,31 +19,13 @@ from adahessian_jax.checks import (
     check_like,
     check_params,
     check_real,
-    raise_if,
 )
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.estimators import hutchinson
 from adahessian_jax.masking import mask_like
 from adahessian_jax.moving_average import HessianEMA, as_dtype, debias, ema
 from adahessian_jax.protocol import Curvature, as_estimator, check_same_estimator
-
-
-class ScaleByAdaHessianState(NamedTuple):
-    """State of the AdaHessian transformation.
-
-    Checkpoints of it stay readable within a minor version. A version that adds, drops
-    or renames a field says so in the changelog under "State", with what to put in its
-    place; a state of another configuration is refused by ``update``.
-    """
-
-    # How many updates there were, shape (), int32; hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
-    refreshes: jax.Array  # number of estimates so far, shape (), int32
-    mu: optax.Updates  # EMA of the gradient
-    nu: optax.Updates  # EMA of the curvature, at the size that averaging leaves
-    hessian_diag: optax.Updates | None  # the last estimate, where it is used again
-    refresh_due: jax.Array | None  # bool, shape (): next time; None for every time
-    estimator_state: optax.OptState
+from adahessian_jax.state import ScaleByAdaHessianState, check_curvature, check_state
 
 
 def scale_by_adahessian(
@@ -142,30 +124,6 @@ def scale_by_adahessian(
             estimator_state=estimator.init(params),
         )
 
-    def check_state(state: Any, params: optax.Params) -> None:
-        """Raise unless a state is one of this configuration, as from a checkpoint."""
-        if not isinstance(state, ScaleByAdaHessianState):
-            raise TypeError(
-                "state must be a ScaleByAdaHessianState, got a"
-                f" {type(state).__name__}. Restore checkpoints into the structure of"
-                " tx.init(params)."
-            )
-        check_like("state.mu", state.mu, params)
-        for name, expected, got in (
-            ("update_interval", always, state.refresh_due is None),
-            ("reuse_estimate", keep_estimate, state.hessian_diag is not None),
-        ):
-            if expected != got:
-                raise ValueError(
-                    "state must come from an optimizer of the same configuration, and"
-                    f" this one has another {name}. A change of update_interval between"
-                    " 1 and more, or of reuse_estimate, needs a new state: state ="
-                    " tx.init(params)."
-                )
-        check_same_estimator(
-            "state", state.estimator_state, jax.eval_shape(estimator.init, params)
-        )
-
     def update_fn(
         updates: optax.Updates,
         state: ScaleByAdaHessianState,
@@ -177,7 +135,10 @@ def scale_by_adahessian(
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         check_params(params)
         check_like("updates", updates, params)
-        check_state(state, params)
+        check_state(state, params, always=always, keeps_estimate=keep_estimate)
+        check_same_estimator(
+            "state", state.estimator_state, jax.eval_shape(estimator.init, params)
+        )
         if hessian_ema == "mean":
             seen = state.count if reuse_estimate else state.refreshes
             extra_args["hessian_ema"] = HessianEMA(state.nu, b2, seen)
@@ -218,7 +179,7 @@ def scale_by_adahessian(
         refresh: bool | jax.Array | None = state.refresh_due
         estimator_state = state.estimator_state
         if curvature is not None:
-            _check_curvature(curvature, state)
+            check_curvature(curvature, state)
             estimator_state = curvature.estimator_state
             if curvature.refreshed is None or refresh is None:
                 refresh = curvature.hessian_diag is not None
@@ -270,57 +231,6 @@ def scale_by_adahessian(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def find_states(state: optax.OptState) -> list[ScaleByAdaHessianState]:
-    """Return the states of AdaHessian inside that of a chain or wrapper, at least one.
-
-    There is more than one where ``optax.partition`` gives groups of parameters an
-    AdaHessian each.
-    """
-
-    def is_ours(x: Any) -> bool:
-        return isinstance(x, ScaleByAdaHessianState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
-    if not found:
-        raise ValueError(
-            "state must contain the state of a scale_by_adahessian or adahessian, and"
-            f" there is none in one of type {type(state).__name__}."
-        )
-    return found
-
-
-def find_state(state: optax.OptState) -> ScaleByAdaHessianState:
-    """Return the only state of AdaHessian inside that of a chain or wrapper."""
-    found = find_states(state)
-    if len(found) > 1:
-        raise ValueError(
-            f"state contains the states of {len(found)} AdaHessians: pass that of one,"
-            " for optax.partition state.inner_states[label]."
-        )
-    return found[0]
-
-
-def _check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
-    if not isinstance(curvature, Curvature):
-        raise TypeError(
-            "curvature must be what value_and_grad_with_curvature returned, got"
-            f" {curvature!r}. For an estimate of your own use hessian_diag."
-        )
-    check_same_estimator("curvature", curvature.estimator_state, state.estimator_state)
-    raise_if(
-        curvature.count != state.count,
-        "curvature was computed for another state of the optimizer: call"
-        " value_and_grad_with_curvature's function with the state that is given to"
-        " update.",
-    )
-    if curvature.hessian_diag is None:
-        raise_if(
-            state.refreshes == 0,
-            "refresh=False before any estimate was made: the first call needs"
-            " refresh=True or None.",
-        )
 
 
 def _warn_if_unused(averaging: AveragingRule | None, params: optax.Params) -> None:

@@ -41,6 +41,7 @@ def machine() -> dict[str, Any]:
     return {
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
+        "processor": _processor(),
         "architecture": platform.machine(),
         "cpu_count": os.cpu_count(),
         "threads": "one, on one core" if on_cpu else "default",
@@ -49,6 +50,15 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "optax": optax.__version__,
     }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 class Program(NamedTuple):

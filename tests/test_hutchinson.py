@@ -327,3 +327,22 @@ def test_unbiased_control_with_gaussian_probes(known, x64):
     assert np.all(np.abs(estimates.mean(axis=0) - np.diag(h)) < 4 * standard_error)
     total = np.sum(estimates.var(axis=0))
     np.testing.assert_allclose(total, np.sum(expected), rtol=0.05)
+
+
+@pytest.mark.parametrize("mode", ["forward", "reverse"])
+def test_estimates_can_be_differentiated(mode):
+    """As in meta-learning: the Hessian of sum w^4 / 12 is diag(w^2)."""
+    estimator = ah.hutchinson(2)
+    w = jnp.arange(6.0).reshape(2, 3)
+
+    def trace(w):
+        diag, _ = estimator.update(
+            None, estimator.init(w), w, obj_fn=lambda w: jnp.sum(w**4) / 12
+        )
+        return jnp.sum(diag)
+
+    if mode == "reverse":
+        np.testing.assert_allclose(jax.grad(trace)(w), 2 * w, rtol=1e-5)
+    else:
+        tangent = jax.jvp(trace, (w,), (jnp.ones_like(w),))[1]
+        np.testing.assert_allclose(tangent, jnp.sum(2 * w), rtol=1e-5)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer's state: how to find it, and what fits it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from adahessian_jax.checks import check_like, raise_if
+from adahessian_jax.protocol import Curvature, check_same_estimator
+
+
+class ScaleByAdaHessianState(NamedTuple):
+    """State of the AdaHessian transformation.
+
+    Checkpoints of it stay readable within a minor version. A version that adds, drops
+    or renames a field says so in the changelog under "State", with what to put in its
+    place; a state of another configuration is refused by ``update``.
+    """
+
+    # How many updates there were, shape (), int32; hides tuple.count.
+    count: jax.Array  # type: ignore[assignment]
+    refreshes: jax.Array  # number of estimates so far, shape (), int32
+    mu: optax.Updates  # EMA of the gradient
+    nu: optax.Updates  # EMA of the curvature, at the size that averaging leaves
+    hessian_diag: optax.Updates | None  # the last estimate, where it is used again
+    refresh_due: jax.Array | None  # bool, shape (): next time; None for every time
+    estimator_state: optax.OptState
+
+
+def find_states(state: optax.OptState) -> list[ScaleByAdaHessianState]:
+    """Return the states of AdaHessian inside that of a chain or wrapper, at least one.
+
+    There is more than one where ``optax.partition`` gives groups of parameters an
+    AdaHessian each.
+    """
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, ScaleByAdaHessianState)
+
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if not found:
+        raise ValueError(
+            "state must contain the state of a scale_by_adahessian or adahessian, and"
+            f" there is none in one of type {type(state).__name__}."
+        )
+    return found
+
+
+def find_state(state: optax.OptState) -> ScaleByAdaHessianState:
+    """Return the only state of AdaHessian inside that of a chain or wrapper."""
+    found = find_states(state)
+    if len(found) > 1:
+        raise ValueError(
+            f"state contains the states of {len(found)} AdaHessians: pass that of one,"
+            " for optax.partition state.inner_states[label]."
+        )
+    return found[0]
+
+
+def check_state(
+    state: Any, params: optax.Params, *, always: bool, keeps_estimate: bool
+) -> None:
+    """Raise unless a state is of this configuration: one restored may not be."""
+    if not isinstance(state, ScaleByAdaHessianState):
+        raise TypeError(
+            f"state must be a ScaleByAdaHessianState, got a {type(state).__name__}."
+            " Restore checkpoints into the structure of tx.init(params)."
+        )
+    check_like("state.mu", state.mu, params)
+    for name, expected, got in (
+        ("update_interval", always, state.refresh_due is None),
+        ("reuse_estimate", keeps_estimate, state.hessian_diag is not None),
+    ):
+        if expected != got:
+            raise ValueError(
+                "state must come from an optimizer of the same configuration, and this"
+                f" one has another {name}. A change of update_interval between 1 and"
+                " more, or of reuse_estimate, needs a new state: state ="
+                " tx.init(params)."
+            )
+
+
+def check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
+    """Raise unless a curvature was made for this state, as far as can be seen."""
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "curvature must be what value_and_grad_with_curvature returned, got"
+            f" {curvature!r}. For an estimate of your own use hessian_diag."
+        )
+    check_same_estimator("curvature", curvature.estimator_state, state.estimator_state)
+    raise_if(
+        curvature.count != state.count,
+        "curvature was computed for another state of the optimizer: call"
+        " value_and_grad_with_curvature's function with the state that is given to"
+        " update.",
+    )
+    if curvature.hessian_diag is None:
+        raise_if(
+            state.refreshes == 0,
+            "refresh=False before any estimate was made: the first call needs"
+            " refresh=True or None.",
+        )
