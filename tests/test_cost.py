@@ -86,10 +86,7 @@ recent_compiler = pytest.mark.skipif(
 
 @recent_compiler
 @pytest.mark.parametrize("network", LIMITS)
-def test_memory_of_a_step(network, request):
-    if network == "GPT" and jax.__version_info__ >= (0, 11):
-        reason = "2.21 with jax 0.12 where jax 0.10 needs 2.14"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_memory_of_a_step(network):
     ratio = cost(network, "hutchinson")[1] / cost(network, "adam")[1]
     assert ratio <= LIMITS[network]["memory"]
 

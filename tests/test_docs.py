@@ -4,7 +4,7 @@
 import pathlib
 import re
 
-import flax
+import flax.nnx
 import jax
 import pytest
 
@@ -18,7 +18,7 @@ def test_there_are_pages():
 
 
 @pytest.mark.skipif(
-    not hasattr(jax, "shard_map") or flax.__version__ < "0.12",
+    not hasattr(jax, "shard_map") or not hasattr(flax.nnx, "as_pure"),
     reason="the pages are for JAX 0.8 and Flax 0.12 or newer",
 )
 @pytest.mark.parametrize("page", TEXTS)

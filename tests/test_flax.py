@@ -2,7 +2,7 @@
 """Flax linen and NNX training loops, with batch normalisation and dropout."""
 
 import chex
-import flax
+import flax.nnx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,7 @@ def test_linen_train_state_with_a_plain_optimizer():
 
 
 nnx_only = pytest.mark.skipif(
-    tuple(map(int, flax.__version__.split(".")[:2])) < (0, 12),
+    not hasattr(flax.nnx, "as_pure"),
     reason="adahessian_jax.nnx needs Flax 0.12",
 )
 PATHS = pytest.mark.parametrize("path", ["obj_fn", "fused"])

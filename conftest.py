@@ -6,10 +6,15 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import flax.nnx
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+collect_ignore = ["tests/two_processes.py"]  # a program that test_devices.py runs
+if not hasattr(flax.nnx, "as_pure"):  # Flax before 0.12
+    collect_ignore.append("adahessian_jax/nnx.py")
 
 
 @pytest.fixture
