@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Settings for all tests and doctests."""
+
 import os
 
 # Several CPU devices for the tests that map over devices; read when JAX starts.

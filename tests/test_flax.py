@@ -2,8 +2,8 @@
 """Flax linen and NNX training loops, with batch normalisation and dropout."""
 
 import chex
-import flax.nnx
 import flax.linen as nn
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
