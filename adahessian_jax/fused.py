@@ -60,8 +60,11 @@ def value_and_grad_with_curvature(
 
     Returns:
       A function ``(params, *batch, state, refresh=None)`` to ``(value, grads,
-      curvature)``, with ``value`` and ``grads`` as from ``jax.value_and_grad`` and
-      ``curvature`` for ``tx.update(grads, state, params, curvature=curvature)``.
+      curvature)``. ``value`` and ``grads`` are as from ``jax.value_and_grad``, those of
+      a device's own part of the batch if the estimator has an ``axis_name``.
+      ``curvature`` is for ``tx.update(grads, state, params, curvature=curvature)``; if
+      ``optax.masked`` or ``optax.partition`` gives a part of the parameters to the
+      optimizer, it is that of this part, and several groups of AdaHessian share it.
       ``state`` is the optimizer's. ``refresh`` says whether to estimate: True or False
       choose one of two programs as they are compiled, which is the fast way for
       convolutional networks on CPU, and None follows the optimizer's

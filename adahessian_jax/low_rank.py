@@ -68,7 +68,9 @@ def low_rank_control(
 
     Args:
       rank: how many directions are tracked, at least 1. The state takes that many
-        copies of the parameters, and an update works on one more for a while.
+        copies of the parameters, and an update works on one more for a while. With an
+        ``axis_name`` all devices track the same, from the mean of their products, which
+        is a second average of the size of the parameters.
       decay: of the averages, in [0, 1): how long old products count.
 
     Returns:

@@ -96,8 +96,13 @@ def recipes(net: Network) -> dict[str, Recipe]:
         tx = ah.adahessian(LEARNING_RATE, estimator=estimator)
         return Recipe(tx, (fused(tx, estimator, **options),))
 
-    def every_10(estimator: Any, **options: Any) -> Recipe:
-        tx = ah.adahessian(LEARNING_RATE, estimator=estimator, update_interval=INTERVAL)
+    def every_10(estimator: Any, reuse: bool = True, **options: Any) -> Recipe:
+        tx = ah.adahessian(
+            LEARNING_RATE,
+            estimator=estimator,
+            update_interval=INTERVAL,
+            reuse_estimate=reuse,
+        )
         return Recipe(
             tx,
             tuple(
@@ -159,8 +164,12 @@ def recipes(net: Network) -> dict[str, Recipe]:
         "every step": every_step(ah.hutchinson()),
         "every step, obj_fn": Recipe(plain, (with_objective(plain),)),
         "every 10": every_10(ah.hutchinson()),
+        "every 10, no reuse": every_10(ah.hutchinson(), reuse=False),
         "every 10, cond": every_10_by_cond(ah.hutchinson()),
         "every 10, quarter batch": every_10(ah.hutchinson(), curvature_batch=part),
+        "every 10, quarter batch, no reuse": every_10(
+            ah.hutchinson(), reuse=False, curvature_batch=part
+        ),
         "4 probes": every_step(ah.hutchinson(4)),
         "4 probes, scan": scanned_probes(4),
         "Gauss-Newton": every_step(factor),
