@@ -132,7 +132,7 @@ def low_rank_control(
         y, _ = split_differentiable(product(), probes)
         q, rebuild_basis = split_differentiable(state.basis)
         dtype = state.lengths.dtype
-        qz, qy = _dots(q, z, dtype), _dots(q, y, dtype)
+        qz, qy = _dots(q, z, state.lengths), _dots(q, y, state.lengths)
 
         eigenvalues = _eigenvalues(state)
 
@@ -153,7 +153,7 @@ def low_rank_control(
         )
         if axis_name is not None:
             y = [n_devices**0.5 * a for a in mean_over_axis(y, axis_name)]
-            qy = _dots(q, y, dtype)
+            qy = _dots(q, y, state.lengths)
 
         # B = Q diag(lengths) with a new column y: its Gram matrix is known from qy.
         rho = jnp.asarray(decay, dtype)
@@ -225,18 +225,11 @@ def _eigenvalues(state: LowRankState) -> jax.Array:
     return jnp.where(usable, guess * jnp.maximum(confidence, 0), 0)
 
 
-def _dot(a: Floats, b: Floats, dtype: Any) -> jax.Array:
-    products = [
-        jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in zip(a, b, strict=True)
-    ]
-    return sum(products, start=jnp.zeros((), dtype))
-
-
-def _dots(q: Floats, x: Floats, dtype: Any) -> jax.Array:
+def _dots(q: Floats, x: Floats, like: jax.Array) -> jax.Array:
     """Return the product of each direction of a basis with a vector."""
+    # Not a matrix product, which JAX refuses where q is sharded by explicit types.
     products = [
-        # Not a matrix product, which JAX refuses where a is sharded by explicit types.
-        jnp.sum(a.astype(dtype) * b.astype(dtype), axis=range(1, a.ndim))
+        jnp.sum(a.astype(like.dtype) * b.astype(like.dtype), axis=range(1, a.ndim))
         for a, b in zip(q, x, strict=True)
     ]
-    return sum(products[1:], start=products[0])
+    return sum(products, start=jnp.zeros_like(like))
