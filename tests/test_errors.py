@@ -706,7 +706,7 @@ USE = {
         lambda: ah.value_and_grad_with_curvature(loss, ah.hutchinson())(W),
         ValueError,
         "state must contain the state of a scale_by_adahessian or adahessian, and there"
-        " is none in one of type tuple.",
+        " is none in one of type NoneType.",
     ),
     "fused-vector": (
         lambda: fused_update(ah.hutchinson(), loss_fn=lambda p: p["w"]),
