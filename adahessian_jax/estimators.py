@@ -201,13 +201,13 @@ def hutchinson(
                 """Multiply the probe by the Hessian, the objective's by default."""
                 if other is not None:
                     y = hvp(other, params, z, mode=mode)
-                    return jax.tree.map(functools.partial(_materialized, key), y)
-                if fun is None:
+                elif fun is not None:
+                    value, grads, y = value_grad_and_hvp(
+                        fun, params, z, mode=mode, has_aux=has_aux
+                    )
+                    passes.append((value, grads))
+                else:
                     raise ValueError(_needs_obj_fn(extra_args))
-                value, grads, y = value_grad_and_hvp(
-                    fun, params, z, mode=mode, has_aux=has_aux
-                )
-                passes.append((value, grads))
                 return jax.tree.map(functools.partial(_materialized, key), y)
 
             if control_variate is None:
@@ -288,7 +288,7 @@ def _materialized(key: jax.Array, y: jax.Array) -> jax.Array:
     if y.ndim < 2 or not is_differentiable(y) or jax.default_backend() != "cpu":
         return y
     # Never true, but the compiler cannot know.
-    never = _as_bits(key).astype(jnp.float32) > jnp.inf
+    never = jax.random.key_data(key).ravel()[0].astype(jnp.float32) > jnp.inf
     return _through_loop(y, never)
 
 
@@ -304,15 +304,6 @@ def _through_loop(y: jax.Array, never: jax.Array) -> jax.Array:
 @_through_loop.defjvp
 def _through_loop_jvp(primals: Any, tangents: Any) -> Any:
     return _through_loop(*primals), tangents[0]
-
-
-def _as_bits(key: jax.Array) -> jax.Array:
-    data = jax.random.key_data(key) if _is_typed(key) else key
-    return data.ravel()[0]
-
-
-def _is_typed(key: jax.Array) -> bool:
-    return bool(jnp.issubdtype(key.dtype, jax.dtypes.prng_key))
 
 
 def _after(key: jax.Array, done: optax.Updates, *, otherwise: jax.Array) -> jax.Array:

@@ -105,7 +105,7 @@ def value_and_grad_with_curvature(
             fused.value_and_grad_with_curvature(
                 loss_and_rest, estimator, has_aux=True, curvature_batch=curvature_batch
             )(
-                nnx.as_pure(params),
+                params,
                 *batch,
                 state=nnx.as_pure(optimizer.opt_state),
                 refresh=refresh,

@@ -147,13 +147,15 @@ def scale_by_adahessian(
             diag = mask_like(diag, params)
             check_like(name, diag, params)
             diag = _average(averaging, diag)
-            if [jnp.shape(x) for x in jax.tree.leaves(diag)] != [
-                jnp.shape(x) for x in jax.tree.leaves(state.nu)
-            ]:
+            shapes, expected = (
+                [jnp.shape(x) for x in jax.tree.leaves(tree)]
+                for tree in (state.nu, diag)
+            )
+            if shapes != expected:
                 raise ValueError(
                     "state must come from an optimizer with the same averaging: its nu"
-                    " has other shapes than this one's averages. Make a new one by"
-                    " tx.init(params)."
+                    f" has the shapes {shapes}, this one's averages have {expected}."
+                    " Make a new state by tx.init(params)."
                 )
             return _cast_like(diag, state.nu)
 

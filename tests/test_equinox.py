@@ -13,13 +13,13 @@ import adahessian_jax as ah
 eqx = pytest.importorskip("equinox")
 
 RNG = np.random.default_rng(0)
-X = jnp.asarray(RNG.normal(size=(16, 6)), jnp.float32)
-Y = jnp.asarray(RNG.normal(size=(16, 3)), jnp.float32)
+X = RNG.normal(size=(16, 6))
+Y = RNG.normal(size=(16, 3))
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
-    """Equinox initialises in more than one dtype."""
+def double_precision(x64):
+    """So that only mistakes show; Equinox initialises in more than one dtype."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -64,7 +64,7 @@ def test_equinox_module(path):
             )
         )(leaves, list_state)
         leaves = optax.apply_updates(leaves, updates)
-    chex.assert_trees_all_close(jax.tree.leaves(params), leaves, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(jax.tree.leaves(params), leaves, rtol=1e-8, atol=1e-10)
     trained = eqx.combine(params, static)
     assert jax.vmap(trained)(X).shape == (16, 3)
     assert loss_fn(params, X, Y) < losses[0]

@@ -14,13 +14,13 @@ import adahessian_jax as ah
 from adahessian_jax.linen import TrainState
 
 RNG = np.random.default_rng(0)
-X = jnp.asarray(RNG.normal(size=(16, 6)), jnp.float32)
-Y = jnp.asarray(RNG.integers(0, 3, size=16))
+X = RNG.normal(size=(16, 6))
+Y = RNG.integers(0, 3, size=16)
 
 
 @pytest.fixture(autouse=True)
-def standard_promotion():
-    """Flax's normalisation mixes dtypes."""
+def double_precision(x64):
+    """So that only mistakes show; Flax's normalisation mixes dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
@@ -33,10 +33,11 @@ def cross_entropy(logits, y):
 class LinenNet(nn.Module):
     @nn.compact
     def __call__(self, x, train):
-        x = nn.Dense(8, use_bias=False)(x)  # the normalisation has one
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        # The normalisation has a bias.
+        x = nn.Dense(8, use_bias=False, param_dtype=float)(x)
+        x = nn.BatchNorm(not train, momentum=0.9, param_dtype=float)(x)
         x = nn.Dropout(0.5, deterministic=not train)(nn.tanh(x))
-        return nn.Dense(3)(x)
+        return nn.Dense(3, param_dtype=float)(x)
 
 
 class LinenState(TrainState):
@@ -110,9 +111,9 @@ def test_linen_train_state(path):
         params = optax.apply_updates(params, updates)
         before = state
         state, _ = step(state, key)
-        chex.assert_trees_all_close(state.params, params, rtol=1e-3, atol=1e-5)
+        chex.assert_trees_all_close(state.params, params, rtol=1e-8, atol=1e-10)
         _, stats = linen_loss(before, before.params, key)
-        chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(state.batch_stats, stats, rtol=1e-8, atol=1e-10)
     assert state.step == 4
     assert state.tx is tx
 
@@ -139,10 +140,13 @@ def nnx_net(dropout):
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.first = nnx.Linear(6, 8, use_bias=False, rngs=rngs)
-            self.norm = nnx.BatchNorm(8, momentum=0.9, rngs=rngs)
+            self.first = nnx.Linear(6, 8, use_bias=False, param_dtype=float, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, momentum=0.9, param_dtype=float, rngs=rngs)
+            # Flax makes them of single precision.
+            self.norm.mean = nnx.BatchStat(jnp.zeros(8))
+            self.norm.var = nnx.BatchStat(jnp.ones(8))
             self.dropout = nnx.Dropout(dropout, rngs=rngs)
-            self.last = nnx.Linear(8, 3, rngs=rngs)
+            self.last = nnx.Linear(8, 3, param_dtype=float, rngs=rngs)
 
         def __call__(self, x):
             x = nnx.tanh(self.norm(self.first(x)))
@@ -220,17 +224,18 @@ def test_nnx(kind, jit, path):
         )
         params, rest = optax.apply_updates(params, updates), new_rest
         loss = step(model, optimizer, X, Y)
-        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+        np.testing.assert_allclose(loss, expected, rtol=1e-8)
     got = nnx.as_pure(nnx.state(model, nnx.Param))
-    chex.assert_trees_all_close(got, params, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(got, params, rtol=1e-8, atol=1e-10)
     got = nnx.as_pure(nnx.state(model, nnx.BatchStat))
     expected = nnx.as_pure(nnx.state(nnx.merge(graphdef, params, rest), nnx.BatchStat))
-    chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(got, expected, rtol=1e-8, atol=1e-10)
     assert int(optimizer.step[...]) == 4
 
 
 @nnx_only
-def test_nnx_dropout_has_one_mask_and_moves_on_once():
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "no-jit"])
+def test_nnx_dropout_has_one_mask_and_moves_on_once(jit):
     """The estimate is that of the value's mask; the generators' counts go up by one."""
     from flax import nnx
 
@@ -248,14 +253,19 @@ def test_nnx_dropout_has_one_mask_and_moves_on_once():
     chex.assert_trees_all_equal(objective(params), outputs)
     count = model.dropout.rngs.count[...]
 
-    value_and_grad = value_and_grad_with_curvature(nnx_loss_and_outputs, estimator)
-    _, _, curvature = value_and_grad(model, X, Y, optimizer=optimizer)
+    fused = value_and_grad_with_curvature(nnx_loss_and_outputs, estimator)
+
+    def value_and_grad(model, optimizer):
+        return fused(model, X, Y, optimizer=optimizer)
+
+    value_and_grad = nnx.jit(value_and_grad) if jit else value_and_grad
+    _, _, curvature = value_and_grad(model, optimizer)
     assert model.dropout.rngs.count[...] == count + 1
     expected, _ = estimator.update(
         None, estimator.init(params), params, predict_fn=objective
     )
-    chex.assert_trees_all_close(curvature.hessian_diag, expected, rtol=1e-4, atol=1e-6)
-    _, _, later = value_and_grad(model, X, Y, optimizer=optimizer)
+    chex.assert_trees_all_close(curvature.hessian_diag, expected, rtol=1e-8, atol=1e-10)
+    _, _, later = value_and_grad(model, optimizer)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(later.hessian_diag, expected, rtol=1e-2)
 

@@ -152,12 +152,17 @@ def test_pmap_replicas_agree_and_probes_differ(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_serves_sophia(name):
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "no-jit"])
+def test_serves_sophia(jit, name):
     tx = optax.contrib.sophia(
         1e-2, update_interval=2, hessian_diagonal_fn=ESTIMATORS[name]
     )
     state = tx.init(PARAMS)
-    step = jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, **arguments(name)))
+
+    def step(state):
+        return tx.update(PARAMS, state, PARAMS, **arguments(name))
+
+    step = jax.jit(step) if jit else step
     for _ in range(3):
         updates, state = step(state)
     chex.assert_tree_all_finite((updates, state))

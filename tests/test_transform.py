@@ -126,11 +126,16 @@ def test_estimator_is_hutchinson_unless_given(x64):
         chex.assert_trees_all_equal(default, other)
 
 
-def test_takes_optax_hutchinson_as_estimator():
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "no-jit"])
+def test_takes_optax_hutchinson_as_estimator(jit):
     (params, loss), h = quadratic(jnp.float32, diagonal=True)
     estimator = optax.contrib.hutchinson_estimator_diag_hessian()
     tx = ah.scale_by_adahessian(b2=0.0, hessian_ema="mean", estimator=estimator)
-    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params, obj_fn=loss)
+
+    def step(params, state):
+        return tx.update(jax.grad(loss)(params), state, params, obj_fn=loss)
+
+    _, state = (jax.jit(step) if jit else step)(params, tx.init(params))
     np.testing.assert_allclose(ravel_pytree(state.nu)[0], np.diag(h), rtol=1e-5)
 
 
