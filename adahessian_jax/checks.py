@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Argument checks: every message names the argument, the rule and what was given."""
 
+import difflib
 from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
@@ -88,6 +89,21 @@ def check_callable(name: str, value: Any, signature: str) -> None:
     """Raise TypeError unless ``value`` can be called."""
     if not callable(value):
         raise TypeError(f"{name} must be a callable {signature}, got {value!r}.")
+
+
+def check_spelling(given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError if an extra argument looks like a misspelt one of ours.
+
+    Others pass, because transformations in a chain hand on those of their neighbours.
+    """
+    known = list(known)
+    for name in given:
+        meant = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if meant and name not in known:
+            raise TypeError(
+                f"got an unexpected keyword argument {name!r}: did you mean"
+                f" {meant[0]!r}?"
+            )
 
 
 def check_axis_name(axis_name: Any) -> None:

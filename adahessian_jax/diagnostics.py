@@ -38,6 +38,9 @@ def diagnostics(
       A flat dict of scalars of shape ():
 
       - ``"count"``, ``"refreshes"``: numbers of updates and of estimates so far.
+      - ``"nonfinite"``: how many entries of estimates were left out of the average so
+        far because they were not finite. A count that grows says that the loss has
+        second derivatives that do not exist or overflow, though training goes on.
       - ``"trace"``, ``"negative_share"``: the sum of the estimate and the share of its
         entries below zero.
       - ``"relative_error"``, with two estimates a and b: :math:`\|a - b\| / \sqrt{2
@@ -65,7 +68,11 @@ def diagnostics(
       (-2.0, 0.5)
     """
     inner = find_state(state)
-    report = {"count": inner.count, "refreshes": inner.refreshes}
+    report = {
+        "count": inner.count,
+        "refreshes": inner.refreshes,
+        "nonfinite": inner.nonfinite,
+    }
     if estimate is None and inner.hessian_diag is not None:
         estimate = inner.hessian_diag
     elif estimate is not None:

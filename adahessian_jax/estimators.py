@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimators of the Hessian's diagonal, in the form of optax transformations."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -208,7 +207,7 @@ def hutchinson(
                     passes.append((value, grads))
                 else:
                     raise ValueError(_needs_obj_fn(extra_args))
-                return jax.tree.map(functools.partial(_materialized, key), y)
+                return _materialized(key, y)
 
             if control_variate is None:
                 return multiply(z, product()), cv_state
@@ -244,7 +243,7 @@ def hutchinson(
             total,
             params,
         )
-        diag = mean_over_axis(diag, axis_name)
+        diag = _materialized(key, mean_over_axis(diag, axis_name))
         return passes[:1], diag, HutchinsonState(key=key, control_variate=cv_state)
 
     return CurvatureEstimator(init_fn, update_fn, value_and_grad, axis_name=axis_name)
@@ -277,27 +276,32 @@ def _unrolled(n_samples: int, objective: Any, params: optax.Params) -> bool:
     return "conv_general_dilated" in str(jax.make_jaxpr(objective)(params))
 
 
-def _materialized(key: jax.Array, y: jax.Array) -> jax.Array:
-    """Return ``y``, on CPU in a way that it is written out before it is used.
+def _materialized(key: jax.Array, tree: optax.Updates) -> optax.Updates:
+    """Return a tree, on CPU in a way that it is written out before it is used.
 
-    For a layer amid a network, ``y`` is the transpose of a sum. XLA's CPU compiler
-    fuses that into what the optimizer does with ``y``, which then reads memory in
-    strides: a fifth of the time of an MLP's step. The operands of a loop it leaves
-    alone.
+    For a layer amid a network, the product is the transpose of a sum. XLA's CPU
+    compiler fuses that into what the optimizer does with it, which then reads memory in
+    strides: a fifth of the time of an MLP's step. And it would multiply by the probe,
+    unpacked from its bits, in every place where the estimate is used. The operands of a
+    loop it leaves alone.
     """
-    if y.ndim < 2 or not is_differentiable(y) or jax.default_backend() != "cpu":
-        return y
+    if jax.default_backend() != "cpu":
+        return tree
     # Never true, but the compiler cannot know.
     never = jax.random.key_data(key).ravel()[0].astype(jnp.float32) > jnp.inf
-    return _through_loop(y, never)
+
+    def through_loop(x: jax.Array) -> jax.Array:
+        return _through_loop(x, never) if x.ndim > 1 and is_differentiable(x) else x
+
+    return jax.tree.map(through_loop, tree)
 
 
 @jax.custom_jvp
-def _through_loop(y: jax.Array, never: jax.Array) -> jax.Array:
+def _through_loop(x: jax.Array, never: jax.Array) -> jax.Array:
     return jax.lax.while_loop(
         lambda carry: carry[1],
-        lambda carry: (-carry[0], jnp.zeros_like(carry[1])),
-        (y, never),
+        lambda carry: (carry[0][::-1], jnp.zeros_like(carry[1])),
+        (x, never),
     )[0]
 
 

@@ -15,6 +15,7 @@ from adahessian_jax.checks import (
     check_int,
     check_params,
     check_scalar,
+    check_spelling,
 )
 from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.hvp import value_and_grad
@@ -183,6 +184,7 @@ def value_and_grad_with_curvature(
         **extra_args: Any,
     ) -> tuple[Any, optax.Updates, Curvature]:
         check_params(params)
+        check_spelling(extra_args, ("state", "refresh", "output_loss"))
         if refresh is not None:
             check_flag("refresh", refresh)
         inner = find_states(state)

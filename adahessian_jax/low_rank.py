@@ -130,6 +130,7 @@ def low_rank_control(
         del extra_args
         z, rebuild = split_differentiable(probes)
         y, _ = split_differentiable(product(), probes)
+        raw_y, y = y, _finite_part(y)
         q, rebuild_basis = split_differentiable(state.basis)
         dtype = state.lengths.dtype
         qz, qy = _dots(q, z, state.lengths), _dots(q, y, state.lengths)
@@ -143,7 +144,7 @@ def low_rank_control(
             d = z.astype(dtype) * (y.astype(dtype) - known_product) + known_diagonal
             return d.astype(z.dtype)
 
-        diag = [estimate(*leaves) for leaves in zip(z, y, q, strict=True)]
+        diag = [estimate(*leaves) for leaves in zip(z, raw_y, q, strict=True)]
 
         # Each device has samples of its own, but all go on from the same state. The
         # mean of n independent products is as long as one of them over sqrt(n).
@@ -223,6 +224,17 @@ def _eigenvalues(state: LowRankState) -> jax.Array:
     confidence = 1 - variance / jnp.where(guess != 0, guess**2, 1)
     usable = known & (guess != 0) & (n_samples > 1)
     return jnp.where(usable, guess * jnp.maximum(confidence, 0), 0)
+
+
+def _finite_part(y: Floats) -> Floats:
+    """Return a product with zeros for what would stay in the averages for ever.
+
+    That is, its entries that are not finite, or all if their squares overflow.
+    """
+    dtype = accumulation_dtype(*y)
+    y = [jnp.where(jnp.isfinite(a), a, 0) for a in y]
+    length = sum((jnp.sum(a.astype(dtype) ** 2) for a in y), start=jnp.zeros((), dtype))
+    return [jnp.where(jnp.isfinite(length), a, 0) for a in y]
 
 
 def _dots(q: Floats, x: Floats, like: jax.Array) -> jax.Array:

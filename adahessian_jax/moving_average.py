@@ -24,10 +24,8 @@ class HessianEMA(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count
 
 
-def ema(
-    decay: jax.typing.ArrayLike, new: jax.Array, old: jax.Array, order: int
-) -> jax.Array:
-    """Move an average towards ``new**order``, in float32 or wider.
+def ema(decay: jax.typing.ArrayLike, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Move an average towards ``new``, in float32 or wider.
 
     Returns the accumulation dtype, not that of ``old``, so that nothing is rounded
     before it is used. A leaf that is not floating point stays as it is.
@@ -36,7 +34,7 @@ def ema(
         return old
     dtype = accumulation_dtype(new, old)
     b = as_dtype(decay, dtype)
-    return (1 - b) * new.astype(dtype) ** order + b * old.astype(dtype)
+    return (1 - b) * new.astype(dtype) + b * old.astype(dtype)
 
 
 def debias(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:

@@ -38,16 +38,16 @@ def rademacher_like(key: jax.Array, tree: optax.Params) -> optax.Params:
     sizes = [math.prod(jnp.shape(x)) if is_differentiable(x) else 0 for x in leaves]
     n_words = [-(-size // _WORD) for size in sizes]
     words = jax.random.bits(key, (sum(n_words),), jnp.uint32)
-    shifts = jnp.arange(_WORD, dtype=jnp.uint32)
+    masks = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
     signs, start = [], 0
     for leaf, size, n in zip(leaves, sizes, n_words, strict=True):
         if not is_differentiable(leaf):
             signs.append(jnp.zeros_like(leaf))
             continue
-        bits = (words[start : start + n, None] >> shifts) & jnp.uint32(1)
+        bits = words[start : start + n, None] & masks
         bits = bits.reshape(-1)[:size].reshape(jnp.shape(leaf))
         dtype = jnp.result_type(leaf)
-        signs.append(jnp.where(bits == 1, jnp.ones((), dtype), -jnp.ones((), dtype)))
+        signs.append(jnp.where(bits != 0, jnp.ones((), dtype), -jnp.ones((), dtype)))
         start += n
     return jax.tree.unflatten(treedef, signs)
 

@@ -21,6 +21,9 @@ class ScaleByAdaHessianState(NamedTuple):
     # How many updates there were, shape (), int32; hides tuple.count.
     count: jax.Array  # type: ignore[assignment]
     refreshes: jax.Array  # number of estimates so far, shape (), int32
+    # How many entries of estimates were left out, because they, or their squares with
+    # "rms", were not finite, shape (), int32.
+    nonfinite: jax.Array
     mu: optax.Updates  # EMA of the gradient
     nu: optax.Updates  # EMA of the curvature, at the size that averaging leaves
     hessian_diag: optax.Updates | None  # the last estimate, where it is used again
