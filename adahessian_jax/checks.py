@@ -3,11 +3,12 @@
 
 import difflib
 from collections.abc import Callable, Iterable
-from numbers import Real
+from numbers import Number, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental import checkify
 
@@ -91,6 +92,18 @@ def check_callable(name: str, value: Any, signature: str) -> None:
         raise TypeError(f"{name} must be a callable {signature}, got {value!r}.")
 
 
+def check_mask(name: str, mask: Any) -> None:
+    """Raise TypeError unless ``mask`` is a function or a tree of bools."""
+    if callable(mask):
+        return
+    for leaf in jax.tree.leaves(mask):
+        if not isinstance(leaf, bool | np.bool_):
+            raise TypeError(
+                f"{name} must be None, a tree of bools or a callable params -> such a"
+                f" tree, got {leaf!r}."
+            )
+
+
 def check_spelling(given: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError if an extra argument looks like a misspelt one of ours.
 
@@ -120,14 +133,20 @@ def check_seed(seed: Any) -> None:
     """Raise TypeError unless ``seed`` is an int or a PRNG key."""
     if isinstance(seed, int) and not isinstance(seed, bool):
         return
-    if isinstance(seed, jax.Array):
-        typed = jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.shape == ()
-        if typed or (seed.dtype == jnp.uint32 and seed.ndim == 1):
-            return
-    raise TypeError(
-        "seed must be an int or one PRNG key, from jax.random.key(0) for example,"
-        f" got {seed!r}."
-    )
+    if not _is_key(seed):
+        raise TypeError(
+            "seed must be an int or one PRNG key, from jax.random.key(0) for example,"
+            f" got {seed!r}."
+        )
+
+
+def check_key(key: Any) -> None:
+    """Raise TypeError unless ``key`` is one PRNG key, typed or raw."""
+    if not _is_key(key):
+        raise TypeError(
+            "key must be one PRNG key, from jax.random.key(0) for example, got"
+            f" {key!r}."
+        )
 
 
 def check_params(params: optax.Params | None) -> None:
@@ -140,8 +159,13 @@ def check_params(params: optax.Params | None) -> None:
 
 
 def check_real(name: str, tree: optax.Params) -> None:
-    """Raise TypeError if a leaf is complex, naming its path."""
+    """Raise TypeError if a leaf is complex or no number at all, naming its path."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, Number):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array or a number, got"
+                f" {leaf!r}."
+            )
         if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {dtype_of(leaf)}: the"
@@ -211,6 +235,14 @@ def raise_if(wrong: jax.Array, message: str) -> None:
             checkify.debug_check(~wrong, message)
     elif wrong:
         raise ValueError(message)
+
+
+def _is_key(key: Any) -> bool:
+    if not isinstance(key, jax.Array | np.ndarray):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.dtype == jnp.uint32 and key.ndim == 1
 
 
 def _is_scalar_array(value: Any, kind: Any) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adahessian_jax.checks import (
+    check_callable,
     check_choice,
     check_int,
     check_like,
@@ -77,6 +78,7 @@ def hvp(
       max-pooling), the two gradients straddle kinks and the difference measures those
       instead, often many times the curvature. It costs two gradients.
     """
+    check_callable("fun", fun, "params -> loss")
     checked = scalar_function("fun", fun)
     return value_grad_and_hvp(checked, params, tangents, mode=mode)[2]
 
@@ -158,6 +160,7 @@ def hessian_diag(
       >>> ah.hessian_diag(fun, jnp.array([1.0, 2.0])).tolist()
       [2.0, 0.0]
     """
+    check_callable("fun", fun, "params -> loss")
     check_int("chunk_size", chunk_size, 1)
     check_real("params", params)
     floats, rebuild = split_differentiable(params)

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from adahessian_jax.averaging import AveragingRule
-from adahessian_jax.checks import check_float
+from adahessian_jax.checks import check_float, check_mask
 from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.transform import scale_by_adahessian
 
@@ -143,6 +143,8 @@ def adahessian(
     if not callable(learning_rate):
         check_float("learning_rate", learning_rate, 0.0)
     check_float("weight_decay", weight_decay, 0.0)
+    if weight_decay_mask is not None:
+        check_mask("weight_decay_mask", weight_decay_mask)
     return optax.chain(
         scale_by_adahessian(
             b1=b1,

@@ -18,6 +18,7 @@ from adahessian_jax.axes import AxisName
 from adahessian_jax.checks import (
     check_callable,
     check_choice,
+    check_float,
     raise_if,
     scalar_function,
 )
@@ -43,11 +44,11 @@ class OutputLoss(NamedTuple):
 
 def as_output_loss(loss: str | Callable[..., jax.Array], event_ndim: int) -> OutputLoss:
     """Look a loss up by its name in optax, or derive its curvature from a function."""
+    check_choice("event_ndim", event_ndim, (0, 1))
     if isinstance(loss, str):
         check_choice("loss", loss, OUTPUT_LOSSES)
         return OUTPUT_LOSSES[loss]
     check_callable("loss", loss, "row -> scalar or the name of a loss")
-    check_choice("event_ndim", event_ndim, (0, 1))
     return (_elementwise_function if event_ndim == 0 else _row_function)(loss)
 
 
@@ -131,6 +132,7 @@ def check_output_loss(
       ValueError: output_loss has 2 times the curvature of loss='l2_loss' with \
 reduction='mean': correct the reduction, the weights or the name of the loss.
     """
+    check_float("rtol", rtol, 0.0)
     curvature = as_output_loss(loss, event_ndim)
     check_choice("reduction", reduction, ("mean", "sum"))
     check_callable("output_loss", output_loss, "outputs -> loss")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.checks import check_key, check_real
 from adahessian_jax.dtypes import is_differentiable
 
 _WORD = 32
@@ -27,6 +28,9 @@ def rademacher_like(key: jax.Array, tree: optax.Params) -> optax.Params:
       A pytree with the structure, shapes and dtypes of ``tree``. Leaves that are not
       floating point cannot be probed and are zero.
 
+    Raises:
+      TypeError: if ``key`` is no PRNG key, or a leaf is complex or no array.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> import adahessian_jax as ah
@@ -34,6 +38,8 @@ def rademacher_like(key: jax.Array, tree: optax.Params) -> optax.Params:
       >>> jnp.abs(z["w"]).tolist()
       [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
+    check_key(key)
+    check_real("tree", tree)
     leaves, treedef = jax.tree.flatten(tree)
     sizes = [math.prod(jnp.shape(x)) if is_differentiable(x) else 0 for x in leaves]
     n_words = [-(-size // _WORD) for size in sizes]
@@ -63,6 +69,9 @@ def normal_like(key: jax.Array, tree: optax.Params) -> optax.Params:
       A pytree with the structure, shapes and dtypes of ``tree``. Leaves that are not
       floating point cannot be probed and are zero.
 
+    Raises:
+      TypeError: if ``key`` is no PRNG key, or a leaf is complex or no array.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> import adahessian_jax as ah
@@ -70,6 +79,8 @@ def normal_like(key: jax.Array, tree: optax.Params) -> optax.Params:
       >>> z["w"].shape
       (2, 3)
     """
+    check_key(key)
+    check_real("tree", tree)
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(key, max(len(leaves), 1))
     numbers = [

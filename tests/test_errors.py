@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad input: the type and the message of each error."""
 
+import inspect
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.experimental import checkify
@@ -49,6 +52,10 @@ def stale_curvature():
     _, grads, curvature = fused(W, state=state)
     _, state = tx.update(grads, state, W, curvature=curvature)
     tx.update(grads, state, W, curvature=curvature)
+
+
+def whole(path, leaf):
+    return leaf.mean(keepdims=True)
 
 
 GAUSS_NEWTON = ah.gauss_newton("softmax_cross_entropy")
@@ -388,9 +395,61 @@ USE = {
     ),
     "misspelt-obj_fn": (
         lambda: update(objfn=loss),
+        TypeError,
+        "got an unexpected keyword argument 'objfn': did you mean 'obj_fn'?",
+    ),
+    "misspelt-beside-obj_fn": (
+        lambda: update(obj_fn=loss, hesian_diag=W),
+        TypeError,
+        "got an unexpected keyword argument 'hesian_diag': did you mean",
+    ),
+    "another-argument": (
+        lambda: update(value=1.0),
         ValueError,
         "hutchinson needs the objective, to differentiate it twice, and got no obj_fn,"
-        " only objfn.",
+        " only value.",
+    ),
+    "misspelt-refresh": (
+        lambda: ah.value_and_grad_with_curvature(loss, ah.hutchinson())(
+            W, state=ah.adahessian(0.1).init(W), refesh=False
+        ),
+        TypeError,
+        "got an unexpected keyword argument 'refesh': did you mean 'refresh'?",
+    ),
+    "another-averaging": (
+        lambda: ah.adahessian(0.1, averaging=whole).update(
+            W, ah.adahessian(0.1).init(W), W, hessian_diag=W
+        ),
+        ValueError,
+        "state must come from an optimizer with the same averaging: its nu has the"
+        " shapes [(2,), (3,)], this one's averages have [(1,), (1,)].",
+    ),
+    "state-of-adam": (
+        lambda: ah.scale_by_adahessian().update(
+            W, optax.scale_by_adam().init(W), W, obj_fn=loss
+        ),
+        TypeError,
+        "state must be a ScaleByAdaHessianState, got a ScaleByAdamState. Restore",
+    ),
+    "parameters-of-text": (
+        lambda: ah.adahessian(0.1).init({"w": "abc"}),
+        TypeError,
+        "params['w'] must be an array or a number, got 'abc'.",
+    ),
+    "probes-of-text": (
+        lambda: ah.rademacher_like(jax.random.key(0), ["abc"]),
+        TypeError,
+        "tree[0] must be an array or a number, got 'abc'.",
+    ),
+    "unmasked-not-callable": (
+        lambda: ah.unmasked(3, W),
+        TypeError,
+        "fun must be a callable params -> result, got 3.",
+    ),
+    "check_output_loss-not-callable": (
+        lambda: ah.check_output_loss("l2_loss", 3, jnp.ones(2)),
+        TypeError,
+        "output_loss must be a callable outputs -> loss, got 3.",
     ),
     "no-params": (
         lambda: update(params=None, obj_fn=loss),
@@ -762,6 +821,180 @@ USE = {
         "averaging must return a leaf that broadcasts to the shape of the parameter,",
     ),
 }
+
+
+# What an argument of each kind must not be, with the error.
+NUMBERS = [
+    ("0.1", TypeError),
+    (None, TypeError),
+    (True, TypeError),
+    ((0.1,), TypeError),
+]
+WRONG = {
+    "decay": [
+        *NUMBERS,
+        (1.0, ValueError),
+        (-0.1, ValueError),
+        (float("nan"), ValueError),
+    ],
+    "not negative": [*NUMBERS, (-1e-3, ValueError), (float("inf"), ValueError)],
+    "positive": [*NUMBERS, (0.0, ValueError), (-1.0, ValueError)],
+    "count": [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)],
+    "count or 0": [(-1, ValueError), (2.0, TypeError), (False, TypeError)],
+    "int": [(1.0, TypeError), (None, TypeError), ("0", TypeError)],
+    "flag": [(1, TypeError), ("yes", TypeError)],
+    "choice": [("no such", ValueError)],
+    "loss": [("no such", ValueError), (3, TypeError), (None, TypeError)],
+    "0 or 1": [(2, ValueError), ("1", ValueError)],
+    "estimator": [("hutchinson", TypeError), (ah.hutchinson, TypeError)],
+    "control variate": [("ema", TypeError), (ah.ema_control, TypeError)],
+    "function": [(3, TypeError), ("relu", TypeError)],
+    "float dtype": [
+        (int, TypeError),
+        ("float33", TypeError),
+        (jnp.complex64, TypeError),
+    ],
+    "seed": [("0", TypeError), (1.5, TypeError), (None, TypeError), (True, TypeError)],
+    "key": [(0, TypeError), ("0", TypeError), (None, TypeError)],
+    "axis name": [(3, TypeError), (("batch", 0), TypeError)],
+    "probe": [("uniform", ValueError), (3, TypeError), (None, TypeError)],
+    "mask": [(3, TypeError), (("w", "b"), TypeError)],
+    "tree like the parameters": [
+        (3, ValueError),
+        (None, ValueError),
+        ("w", ValueError),
+    ],
+    "optimizer's state": [(3, ValueError), (None, ValueError)],
+}
+KIND = {
+    "abs_first": "flag",
+    "averaging": "function",
+    "axis": "int",
+    "axis_name": "axis name",
+    "b1": "decay",
+    "b2": "decay",
+    "chunk_size": "count",
+    "clip_threshold": "positive",
+    "control_variate": "control variate",
+    "curvature_batch": "count",
+    "decay": "decay",
+    "eps": "not negative",
+    "estimate": "tree like the parameters",
+    "estimator": "estimator",
+    "event_ndim": "0 or 1",
+    "fun": "function",
+    "has_aux": "flag",
+    "hessian_ema": "choice",
+    "hessian_power": "positive",
+    "initial_refreshes": "count or 0",
+    "is_blocked": "function",
+    "is_conv": "function",
+    "key": "key",
+    "learning_rate": "not negative",
+    "loss": "loss",
+    "loss_fn": "function",
+    "method": "choice",
+    "microbatches": "count",
+    "mode": "choice",
+    "mu_dtype": "float dtype",
+    "n_samples": "count",
+    "nu_dtype": "float dtype",
+    "output_loss": "function",
+    "probe": "probe",
+    "rank": "count",
+    "reduction": "choice",
+    "relative_damping": "not negative",
+    "reuse_estimate": "flag",
+    "rtol": "not negative",
+    "seed": "seed",
+    "size": "count",
+    "spatial_ndim": "count",
+    "state": "optimizer's state",
+    "tangents": "tree like the parameters",
+    "unbiased": "flag",
+    "unroll": "flag",
+    "update_interval": "count",
+    "updates": "tree like the parameters",
+    "weight_decay": "not negative",
+    "weight_decay_mask": "mask",
+}
+# Trees of any form, whose leaves are tried above.
+ANY = {"outputs", "params", "previous_estimate", "targets", "tree", "weights"}
+# What else a right call of each function has.
+RIGHT = {
+    "adahessian": {"learning_rate": 0.1},
+    "block_average": {"axis": 0, "size": 2},
+    "check_output_loss": {
+        "loss": "l2_loss",
+        "output_loss": lambda f: jnp.mean(f**2) / 2,
+        "outputs": jnp.ones(3),
+    },
+    "conv_spatial_average": {},
+    "diagnostics": {"state": ah.adahessian(0.1).init(W), "updates": W},
+    "ema_control": {},
+    "gauss_newton": {"loss": "l2_loss"},
+    "gauss_newton_control": {"loss": "l2_loss"},
+    "hessian_diag": {"fun": loss, "params": W},
+    "hutchinson": {},
+    "hvp": {"fun": loss, "params": W, "tangents": W},
+    "low_rank_control": {"rank": 2},
+    "microbatched": {"estimator": ah.hutchinson(), "microbatches": 2},
+    "normal_like": {"key": jax.random.key(0), "tree": W},
+    "rademacher_like": {"key": jax.random.key(0), "tree": W},
+    "scale_by_adahessian": {},
+    "unmasked": {"fun": loss, "params": W},
+    "value_and_grad_with_curvature": {"loss_fn": loss, "estimator": ah.hutchinson()},
+}
+
+
+def wrong_arguments():
+    for function in RIGHT:
+        for name in inspect.signature(getattr(ah, function)).parameters:
+            for value, error in WRONG.get(KIND.get(name), []):
+                optional = inspect.signature(getattr(ah, function)).parameters[name]
+                if value is not None or optional.default is not None:
+                    shown = getattr(value, "__name__", str(value))
+                    label = f"{function}-{name}-{shown}"
+                    yield pytest.param(function, name, value, error, id=label)
+
+
+def test_wrong_arguments_cover_all_public_functions():
+    functions = {name for name in ah.__all__ if not inspect.isclass(getattr(ah, name))}
+    assert functions == set(RIGHT)
+    for function in functions:
+        getattr(ah, function)(**RIGHT[function])
+        arguments = set(inspect.signature(getattr(ah, function)).parameters)
+        assert arguments <= set(KIND) | ANY
+    assert len(list(wrong_arguments())) >= 200
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "value", "error"), list(wrong_arguments())
+)
+def test_wrong_argument(function, name, value, error):
+    with pytest.raises(error) as caught:
+        getattr(ah, function)(**{**RIGHT[function], name: value})
+    message = str(caught.value)
+    assert message.startswith(name)
+    assert "must" in message or "There" in message
+    assert type(caught.value) is error
+    assert caught.value.__cause__ is None
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("function", RIGHT)
+def test_misspelt_argument(function):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'parms'"):
+        getattr(ah, function)(**RIGHT[function], parms=1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_changed():
+    """Whatever fails, parameters and what was passed as state are as before."""
+    trees = W, [RIGHT["diagnostics"]["state"]]
+    before = jax.tree.map(lambda x: np.array(x, copy=True), trees)
+    yield
+    chex.assert_trees_all_equal(trees, before)
 
 
 @pytest.mark.parametrize(

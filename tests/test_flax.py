@@ -311,3 +311,25 @@ def test_nnx_with_aux_and_a_group_of_adam(path):
     np.testing.assert_allclose(moved["last"]["kernel"], 1e-2, rtol=1e-3)
     assert moved["first"]["kernel"] > 1e-2
     assert nnx_loss(model, X, Y) < loss
+
+
+@nnx_only
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "no-jit"])
+@pytest.mark.parametrize(
+    "extra_args", [{}, {"obj_fn": lambda p: jnp.ones(2)}, {"x": 1}]
+)
+def test_nnx_after_a_failed_update(extra_args, jit):
+    """A module and its optimizer, which are mutable, are as before."""
+    from flax import nnx
+
+    model = nnx_net(0.0)
+    optimizer = nnx.Optimizer(model, ah.adahessian(0.05), wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.as_pure(nnx.state((model, optimizer))))
+    grads = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+
+    def update(model, optimizer):
+        optimizer.update(model, grads, **extra_args)
+
+    with pytest.raises((ValueError, TypeError), match="obj_fn"):
+        (nnx.jit(update) if jit else update)(model, optimizer)
+    chex.assert_trees_all_equal(nnx.as_pure(nnx.state((model, optimizer))), before)
