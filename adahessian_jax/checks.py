@@ -69,6 +69,11 @@ def check_float_dtype(name: str, dtype: Any) -> Any:
     """Return ``dtype`` in the precision that is enabled; raise unless a float."""
     if dtype is None:
         return None
+    if isinstance(dtype, jax.Array):
+        raise TypeError(
+            f"{name} must be None or a floating-point dtype, got {dtype!r}. In"
+            f" optax.inject_hyperparams pass static_args=({name!r},)."
+        )
     try:
         kind = jnp.dtype(dtype)
     except TypeError:

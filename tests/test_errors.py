@@ -431,6 +431,13 @@ USE = {
         TypeError,
         "state must be a ScaleByAdaHessianState, got a ScaleByAdamState. Restore",
     ),
+    "injected-dtype": (
+        lambda: optax.inject_hyperparams(ah.adahessian)(
+            learning_rate=0.1, mu_dtype=jnp.bfloat16
+        ).init(W),
+        TypeError,
+        "mu_dtype must be None or a floating-point dtype, got",
+    ),
     "parameters-of-text": (
         lambda: ah.adahessian(0.1).init({"w": "abc"}),
         TypeError,
