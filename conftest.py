@@ -14,7 +14,8 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-collect_ignore = ["tests/two_processes.py"]  # a program that test_devices.py runs
+# Programs that tests run.
+collect_ignore = ["tests/two_processes.py", "tests/resumable_run.py"]
 if not hasattr(flax.nnx, "as_pure"):  # Flax before 0.12
     collect_ignore.append("adahessian_jax/nnx.py")
 

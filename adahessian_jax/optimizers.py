@@ -84,7 +84,10 @@ def adahessian(
         as :func:`adahessian_jax.conv_spatial_average` or
         :func:`adahessian_jax.block_average`.
       relative_damping: bounds the update where curvature is small beside that of the
-        rest of the tensor, at least 0. The published optimizer has 0.
+        rest of the tensor, at least 0. An entry of it, before decay and learning rate,
+        is at most :math:`|\hat{m}_t| / (\delta \bar{h}_t)^k`. The published optimizer
+        has 0, where the bound is :math:`|\hat{m}_t| / \varepsilon`. To bound it by a
+        number, put ``optax.clip`` after :func:`adahessian_jax.scale_by_adahessian`.
       weight_decay: decoupled weight decay, at least 0.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
       mu_dtype: dtype in which the average of the gradient is kept; by default that of

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run that saves its state and goes on from there; run by test_faults.py.
+
+Arguments: the folder of the checkpoints, and the file for the parameters and the state
+at the end. Before and after each step it says which.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+import adahessian_jax as ah
+
+STEPS, SAVE_EVERY = 40, 4
+folder, file = sys.argv[1:]
+
+control = ah.low_rank_control(2)
+estimator = ah.hutchinson(control_variate=control)
+tx = ah.adahessian(0.05, estimator=estimator, update_interval=3)
+params = {"w": jnp.ones((6, 5)) / 3, "v": jnp.ones((5, 1)) / 2}
+
+
+def loss_fn(params, x):
+    hidden = jnp.tanh(jnp.dot(x, params["w"]))
+    return jnp.mean((jnp.dot(hidden, params["v"])[:, 0] - jnp.sin(x[:, 0])) ** 2)
+
+
+value_and_grad = ah.value_and_grad_with_curvature(loss_fn, estimator)
+
+
+@jax.jit
+def step(params, state, x):
+    _, grads, curvature = value_and_grad(params, x, state=state)
+    updates, state = tx.update(grads, state, params, curvature=curvature)
+    return optax.apply_updates(params, updates), state
+
+
+def batch(t):
+    rows = np.random.default_rng(t).normal(size=(16, 6))
+    return jnp.asarray(rows, jnp.float32)
+
+
+carry, start = (params, tx.init(params)), 0
+with ocp.CheckpointManager(
+    folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
+) as manager:
+    if manager.latest_step() is not None:
+        start = manager.latest_step()
+        carry = manager.restore(start, args=ocp.args.StandardRestore(carry))
+    print("from", start, flush=True)
+    for t in range(start, STEPS):
+        print("step", t, flush=True)
+        carry = step(*carry, batch(t))
+        if (t + 1) % SAVE_EVERY == 0:
+            manager.save(t + 1, args=ocp.args.StandardSave(carry))
+            print("saving", t + 1, flush=True)
+
+np.savez(file, **{str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(carry))})
