@@ -47,3 +47,8 @@ def debias(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
 def as_dtype(value: Any, dtype: Any) -> Any:
     """Cast a hyperparameter that was traced; leave a Python number weakly typed."""
     return value.astype(dtype) if hasattr(value, "astype") else value
+
+
+def is_static(value: jax.typing.ArrayLike, number: float) -> bool:
+    """Whether a hyperparameter is a Python number of this value, for good."""
+    return isinstance(value, int | float) and value == number

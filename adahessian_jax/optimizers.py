@@ -10,6 +10,7 @@ import optax
 from adahessian_jax.averaging import AveragingRule
 from adahessian_jax.checks import check_float, check_mask
 from adahessian_jax.dtypes import is_differentiable
+from adahessian_jax.moving_average import is_static
 from adahessian_jax.transform import scale_by_adahessian
 
 
@@ -135,6 +136,15 @@ def adahessian(
       Zack Dugue, `AdaHessian <https://github.com/Zack-Dugue/AdaHessian>`_, 2023
 
     .. note::
+      Second derivatives can be infinite or NaN where value and gradient are fine, and
+      overflow in half precision. An entry of an estimate that is (or whose square is,
+      with ``"rms"``) is left out of the average, entry by entry, because one such entry
+      says nothing of the others: its :math:`\hat{v}` stays as it was, an entry that
+      never had an estimate gets an update of zero until it has, and the state counts
+      them, see :func:`adahessian_jax.diagnostics`. Gradients that are not finite pass,
+      as in ``optax.adam``; ``optax.apply_if_finite`` around the optimizer stops them.
+
+    .. note::
       The paper's experiments use ``learning_rate=0.15``, ``eps=1e-4`` and averaging
       over convolution kernels; these defaults are those of the second reference, with
       the learning rate left to you. The third averages the Hessian itself and divides
@@ -148,6 +158,10 @@ def adahessian(
     check_float("weight_decay", weight_decay, 0.0)
     if weight_decay_mask is not None:
         check_mask("weight_decay_mask", weight_decay_mask)
+    if is_static(weight_decay, 0) and weight_decay_mask is None:
+        decay = optax.identity()
+    else:
+        decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
     return optax.chain(
         scale_by_adahessian(
             b1=b1,
@@ -166,7 +180,7 @@ def adahessian(
         ),
         # A parameter that is not floating point is frozen, and must not decay either.
         optax.masked(
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            decay,
             lambda updates: jax.tree.map(is_differentiable, updates),
         ),
         optax.scale_by_learning_rate(learning_rate),

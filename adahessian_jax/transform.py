@@ -11,7 +11,7 @@ from adahessian_jax.averaging import AveragingRule
 from adahessian_jax.checks import check_float, check_float_dtype
 from adahessian_jax.curvature_ema import CurvatureEMA, cast_like, zeros_like
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.moving_average import as_dtype, debias, ema
+from adahessian_jax.moving_average import as_dtype, debias, ema, is_static
 from adahessian_jax.protocol import Curvature
 from adahessian_jax.state import ScaleByAdaHessianState
 
@@ -130,9 +130,9 @@ def scale_by_adahessian(
             dtype = accumulation_dtype(m, v)
             m, v = m.astype(dtype), v.astype(dtype)
             h = jnp.sqrt(v) if hessian_ema == "rms" else jnp.abs(v)
-            if not _is_static(relative_damping, 0):
+            if not is_static(relative_damping, 0):
                 h = h + as_dtype(relative_damping, dtype) * jnp.mean(h)
-            if not _is_static(hessian_power, 1):
+            if not is_static(hessian_power, 1):
                 h = h ** as_dtype(hessian_power, dtype)
             numerator = m * (mu_scale / scale).astype(dtype)
             step = numerator / (h + (as_dtype(eps, scale.dtype) / scale).astype(dtype))
@@ -142,7 +142,3 @@ def scale_by_adahessian(
         return updates, state._replace(mu=cast_like(mu, before.mu))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _is_static(value: jax.typing.ArrayLike, number: float) -> bool:
-    return isinstance(value, int | float) and value == number

@@ -126,6 +126,7 @@ def test_donated_parameters_and_state_are_reused():
     assert memory.alias_size_in_bytes >= state_bytes
 
 
+@recent_compiler
 def test_update_arithmetic_needs_no_copies():
     """With a ready-made estimate: less than one more copy of the parameters."""
     params = [jnp.ones((256, 256)) for _ in range(4)]
