@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adahessian_jax.averaging import AveragingRule
@@ -262,7 +263,8 @@ def _saturating_sum(total: jax.Array, usable: optax.Updates) -> jax.Array:
     """Add how many entries are not usable."""
     new = jnp.zeros_like(total)
     for x in jax.tree.leaves(usable):
-        new = new + (x.size - jnp.sum(x, dtype=total.dtype))
+        size = np.int64(x.size).astype(total.dtype)  # may wrap around, as the sum does
+        new = new + (size - jnp.sum(x, dtype=total.dtype))
     largest = jnp.iinfo(total.dtype).max
     return jnp.where(new > largest - total, largest, total + new)
 
@@ -284,7 +286,7 @@ def _warn_if_unused(averaging: AveragingRule | None, params: optax.Params) -> No
             f"averaging applies to none of the {len(untouched)} parameters, such as"
             f" {jax.tree_util.keystr(first)}. Tell the rule which leaves are meant,"
             " with is_conv= for conv_spatial_average.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

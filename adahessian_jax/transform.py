@@ -95,7 +95,6 @@ def scale_by_adahessian(
         averaging=averaging,
         nu_dtype=nu_dtype,
     )
-
     order = curvature_ema.order
 
     def init_fn(params: optax.Params) -> ScaleByAdaHessianState:

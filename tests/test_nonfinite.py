@@ -272,3 +272,16 @@ def test_zero_curvature_is_a_value_while_all_is_finite():
         d = jnp.array([first, 1.0])
         updates, _ = tx.update(w, tx.init(w), w, hessian_diag=d)
         np.testing.assert_allclose(updates, [expected, 1 / 1.01], rtol=1e-5)
+
+
+def test_a_leaf_of_more_entries_than_the_count_can_hold():
+    """Nothing is run: the program can be made."""
+    w = jax.ShapeDtypeStruct((2**31 + 8,), jnp.float32)
+    tx = ah.scale_by_adahessian()
+    state = jax.eval_shape(tx.init, w)
+
+    def update(updates, state, params, diag):
+        return tx.update(updates, state, params, hessian_diag=diag)
+
+    updates, _ = jax.eval_shape(update, w, state, w, w)
+    assert updates.shape == w.shape
