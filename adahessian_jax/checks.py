@@ -109,15 +109,14 @@ def check_mask(name: str, mask: Any) -> None:
             )
 
 
-def check_spelling(given: Iterable[str], known: Iterable[str]) -> None:
+def check_spelling(given: Iterable[str], known: tuple[str, ...]) -> None:
     """Raise TypeError if an extra argument looks like a misspelt one of ours.
 
     Others pass, because transformations in a chain hand on those of their neighbours.
     """
-    known = list(known)
-    for name in given:
+    for name in set(given) - set(known):
         meant = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        if meant and name not in known:
+        if meant:
             raise TypeError(
                 f"got an unexpected keyword argument {name!r}: did you mean"
                 f" {meant[0]!r}?"

@@ -2,7 +2,7 @@
 """A training run that saves its state and goes on from there; run by test_faults.py.
 
 Arguments: the folder of the checkpoints, and the file for the parameters and the state
-at the end. Before and after each step it says which.
+at the end. It says where it starts, and each step and each checkpoint as they begin.
 """
 
 import sys

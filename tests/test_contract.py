@@ -79,11 +79,15 @@ CASES = {
 }
 
 
-def make(case):
+def options_of(case):
     options = {"learning_rate": 0.2, **CASES[case]}
-    if callable(options.get("estimator")):
+    if "estimator" in options:
         options["estimator"] = options["estimator"]()
-    return ah.adahessian(**options)
+    return options
+
+
+def make(case):
+    return ah.adahessian(**options_of(case))
 
 
 def extra_args(residuals, case):
@@ -153,11 +157,9 @@ def test_one_update(case, jit):
 
 @pytest.mark.parametrize("case", CASES)
 def test_injected_hyperparameters_change_nothing(case):
-    options = {"learning_rate": 0.2, **CASES[case]}
-    if callable(options.get("estimator")):
-        options["estimator"] = options["estimator"]()
     static = ("averaging", "mu_dtype")  # callables, which optax takes for schedules
-    injected = optax.inject_hyperparams(ah.adahessian, static_args=static)(**options)
+    inject = optax.inject_hyperparams(ah.adahessian, static_args=static)
+    injected = inject(**options_of(case))
     tx, extra = make(case), extra_args(residuals_of_tree, case)
     updates, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, **extra)
     others, other = injected.update(GRADS, injected.init(PARAMS), PARAMS, **extra)
