@@ -27,7 +27,13 @@ from adahessian_jax.probes import normal_like as normal_like
 from adahessian_jax.probes import rademacher_like as rademacher_like
 from adahessian_jax.protocol import Curvature as Curvature
 from adahessian_jax.protocol import CurvatureEstimator as CurvatureEstimator
+from adahessian_jax.relative_curvature import (
+    scale_by_relative_curvature as scale_by_relative_curvature,
+)
 from adahessian_jax.state import ScaleByAdaHessianState as ScaleByAdaHessianState
+from adahessian_jax.state import (
+    ScaleByRelativeCurvatureState as ScaleByRelativeCurvatureState,
+)
 from adahessian_jax.transform import scale_by_adahessian as scale_by_adahessian
 
 __version__ = "0.1.0"
@@ -41,6 +47,7 @@ __all__ = [
     "HutchinsonState",
     "LowRankState",
     "ScaleByAdaHessianState",
+    "ScaleByRelativeCurvatureState",
     "adahessian",
     "block_average",
     "check_output_loss",
@@ -57,6 +64,7 @@ __all__ = [
     "normal_like",
     "rademacher_like",
     "scale_by_adahessian",
+    "scale_by_relative_curvature",
     "unmasked",
     "value_and_grad_with_curvature",
 ]

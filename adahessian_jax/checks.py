@@ -178,8 +178,8 @@ def check_real(name: str, tree: optax.Params) -> None:
             )
 
 
-def check_like(name: str, tree: Any, params: optax.Params) -> None:
-    """Raise ValueError unless ``tree`` has the structure and shapes of ``params``."""
+def check_structure(name: str, tree: Any, params: optax.Params) -> None:
+    """Raise ValueError unless ``tree`` has the structure of ``params``."""
     got: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(params)
     if got != expected:
@@ -189,6 +189,11 @@ def check_like(name: str, tree: Any, params: optax.Params) -> None:
             f" {expected}. Inside optax.masked or"
             " optax.partition, pass mask_compatible_extra_args=True to the wrapper."
         )
+
+
+def check_like(name: str, tree: Any, params: optax.Params) -> None:
+    """Raise ValueError unless ``tree`` has the structure and shapes of ``params``."""
+    check_structure(name, tree, params)
     leaves = jax.tree.leaves(tree)
     for (path, leaf), other in zip(
         jax.tree_util.tree_leaves_with_path(params), leaves, strict=True

@@ -22,13 +22,14 @@ from adahessian_jax.checks import (
     check_params,
     check_real,
     check_spelling,
+    check_structure,
 )
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.estimators import hutchinson
 from adahessian_jax.masking import mask_like
 from adahessian_jax.moving_average import HessianEMA, as_dtype, debias
 from adahessian_jax.protocol import Curvature, as_estimator, check_same_estimator
-from adahessian_jax.state import ScaleByAdaHessianState, check_curvature, check_state
+from adahessian_jax.state import CurvatureState, check_curvature, check_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,15 @@ class CurvatureEMA:
     """The moving average of curvature that a transformation divides by.
 
     The attributes are the arguments of :func:`adahessian_jax.scale_by_adahessian` of
-    these names. The average lives in the transformation's state.
+    these names, and ``kind``, the type of the transformation's state, in which the
+    average lives.
 
     Entries of an estimate whose contribution to the average is not finite are left out,
     each for itself: the average's bias-corrected value stays as it was, an entry that
     was never estimated is not updated, and ``state.nonfinite`` counts them.
     """
 
+    kind: type[CurvatureState]
     b2: jax.typing.ArrayLike
     hessian_ema: str
     estimator: Any
@@ -81,38 +84,44 @@ class CurvatureEMA:
         """The power of the estimate that is averaged."""
         return 2 if self.hessian_ema == "rms" else 1
 
-    def init(self, params: optax.Params) -> dict[str, Any]:
-        """Return the fields of a state, all but the transformation's own."""
+    def init(self, params: optax.Params, **fields: Any) -> Any:
+        """Return a state, given the fields that are the transformation's own."""
         check_real("params", params)
         _warn_if_unused(self.averaging, params)
         nu = zeros_like(_average(self.averaging, zeros_like(params)), self.nu_dtype)
-        return {
-            "count": jnp.zeros([], jnp.int32),
-            "refreshes": jnp.zeros([], jnp.int32),
-            "nonfinite": jnp.zeros([], jnp.int32),
-            "nu": nu,
-            "hessian_diag": zeros_like(nu) if self.keeps_estimate else None,
-            "refresh_due": None if self.always else jnp.array(True),
-            "estimator_state": self.estimator.init(params),
-        }
+        return self.kind(
+            count=jnp.zeros([], jnp.int32),
+            refreshes=jnp.zeros([], jnp.int32),
+            nonfinite=jnp.zeros([], jnp.int32),
+            nu=nu,
+            hessian_diag=zeros_like(nu) if self.keeps_estimate else None,
+            refresh_due=None if self.always else jnp.array(True),
+            estimator_state=self.estimator.init(params),
+            **fields,
+        )
 
     def update(
         self,
         updates: optax.Updates,
-        state: ScaleByAdaHessianState,
+        state: Any,
         params: optax.Params | None,
         *,
         hessian_diag: optax.Updates | None = None,
         curvature: Curvature | None = None,
         **extra_args: Any,
-    ) -> ScaleByAdaHessianState:
-        """Return the state with the fields of ``init`` moved on."""
+    ) -> Any:
+        """Return the state moved on, all but the transformation's own fields."""
         check_params(params)
         check_like("updates", updates, params)
         check_spelling(extra_args, _EXTRA_ARGS)
         check_state(
-            state, params, always=self.always, keeps_estimate=self.keeps_estimate
+            state,
+            params,
+            self.kind,
+            always=self.always,
+            keeps_estimate=self.keeps_estimate,
         )
+        self._check_shapes(state, params)
         check_same_estimator(
             "state", state.estimator_state, jax.eval_shape(self.estimator.init, params)
         )
@@ -131,7 +140,9 @@ class CurvatureEMA:
                 diag, estimator_state = self.estimator.update(
                     updates, estimator_state, params, **extra_args
                 )
-            diag = self._averaged(name, diag, state, params)
+            diag = mask_like(diag, params)
+            check_like(name, diag, params)
+            diag = cast_like(_average(self.averaging, diag), state.nu)
             usable = jax.tree.map(self._is_usable, diag, state.nu)
             nonfinite = _saturating_sum(state.nonfinite, usable)
             if self.keeps_estimate:
@@ -179,30 +190,27 @@ class CurvatureEMA:
             estimator_state=estimator_state,
         )
 
-    def bias_correction(self, state: ScaleByAdaHessianState) -> jax.Array:
+    def bias_correction(self, state: CurvatureState) -> jax.Array:
         """Return the factor that ``state.nu`` is to be multiplied by."""
         return debias(self.b2, self._terms(state))
 
-    def _terms(self, state: ScaleByAdaHessianState) -> jax.Array:
+    def _terms(self, state: CurvatureState) -> jax.Array:
         return state.count if self.reuse_estimate else state.refreshes
 
-    def _averaged(
-        self, name: str, diag: optax.Updates, state: Any, params: Any
-    ) -> optax.Updates:
-        """Return an estimate at the size and in the dtypes of its moving average."""
-        diag = mask_like(diag, params)
-        check_like(name, diag, params)
-        diag = _average(self.averaging, diag)
-        shapes, expected = (
-            [jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (state.nu, diag)
+    def _check_shapes(self, state: CurvatureState, params: optax.Params) -> None:
+        """Raise unless the average has the shapes that averaging leaves."""
+        check_structure("state.nu", state.nu, params)
+        averaged = jax.eval_shape(
+            lambda p: _average(self.averaging, zeros_like(p)), params
         )
+        trees = state.nu, averaged
+        shapes, expected = ([x.shape for x in jax.tree.leaves(t)] for t in trees)
         if shapes != expected:
             raise ValueError(
                 "state must come from an optimizer with the same averaging: its nu has"
                 f" the shapes {shapes}, this one's averages have {expected}. Make a new"
                 " state by tx.init(params)."
             )
-        return cast_like(diag, state.nu)
 
     def _is_usable(self, d: jax.Array, v: jax.Array) -> jax.Array:
         """Whether what each entry adds to the average is finite in its dtype."""
@@ -233,7 +241,7 @@ class CurvatureEMA:
 
         return jax.tree.map(moved, diag, state.nu, usable)
 
-    def unset(self, state: ScaleByAdaHessianState) -> jax.Array:
+    def unset(self, state: CurvatureState) -> jax.Array:
         """Return the value in ``state.nu`` of an entry that never had an estimate.
 
         It is infinite, which none has, as long as all estimates were usable: a zero is

@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adahessian_jax.checks import check_float, check_like
+from adahessian_jax.checks import check_float, check_like, check_structure
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.state import find_state
+from adahessian_jax.state import (
+    CurvatureState,
+    ScaleByAdaHessianState,
+    ScaleByRelativeCurvatureState,
+    find_state,
+)
 
 
 def diagnostics(
@@ -26,8 +31,10 @@ def diagnostics(
     for the quantiles, so call it now and then rather than on every step.
 
     Args:
-      state: the state of :func:`adahessian_jax.adahessian` or
-        :func:`adahessian_jax.scale_by_adahessian`, alone or inside that of a chain.
+      state: the state of :func:`adahessian_jax.adahessian`,
+        :func:`adahessian_jax.scale_by_adahessian` or
+        :func:`adahessian_jax.scale_by_relative_curvature`, alone or inside that of a
+        chain.
       updates: what ``update`` returned together with ``state``.
       estimate: an estimate of the diagonal; by default the one that the state keeps, if
         it keeps one (it does if ``update_interval`` > 1 and ``reuse_estimate``).
@@ -47,9 +54,12 @@ def diagnostics(
         \langle a, b \rangle}`, which estimates the root mean square of
         :math:`\|a - d\| / \|d\|` for the true diagonal d; infinite if the two do not
         even agree in direction.
-      - ``"step_size/PATH/q"``, with updates: the quantiles q of 0.05, 0.5 and 0.95 of
-        :math:`|u_i| / |m_i|` in each parameter, the step that a unit of momentum takes
-        there, learning rate included.
+      - ``"step_size/PATH/q"``, with updates and AdaHessian: the quantiles q of 0.05,
+        0.5 and 0.95 of :math:`|u_i| / |m_i|` in each parameter, the step that a unit of
+        momentum takes there, learning rate included.
+      - ``"relative_curvature/PATH/q"``, with the transformation of that name: the
+        quantiles of :math:`|v_i|` over its mean in the parameter. If they are all near
+        1, curvature has little to say about that parameter.
       - ``"clipped_share"``, with updates and a threshold: the share of their entries
         that lie at it.
 
@@ -76,9 +86,9 @@ def diagnostics(
     if estimate is None and inner.hessian_diag is not None:
         estimate = inner.hessian_diag
     elif estimate is not None:
-        check_like("estimate", estimate, inner.mu)
+        _check_like("estimate", estimate, inner)
     if estimate is not None:
-        entries = _floats(estimate, inner.mu)
+        entries = _floats(estimate, inner.nu)
         size = max(sum(x.size for x in entries), 1)
         report["trace"] = _sum(entries)
         report["negative_share"] = _sum([x < 0 for x in entries]) / size
@@ -89,7 +99,7 @@ def diagnostics(
                 " with: pass estimate= as well."
             )
         check_like("previous_estimate", previous_estimate, estimate)
-        others = _floats(previous_estimate, inner.mu)
+        others = _floats(previous_estimate, inner.nu)
         pairs = list(zip(entries, others, strict=True))
         squared = _sum([(a - b) ** 2 for a, b in pairs])
         agreement = 2 * _sum([a * b for a, b in pairs])
@@ -99,21 +109,13 @@ def diagnostics(
             jnp.inf,
         )
     if updates is not None:
-        check_like("updates", updates, inner.mu)
-        for (path, u), m in zip(
-            jax.tree_util.tree_leaves_with_path(updates),
-            jax.tree.leaves(inner.mu),
-            strict=True,
-        ):
-            if not is_differentiable(m) or m.size == 0:
-                continue
-            wide = accumulation_dtype(u, m)
-            moved = m != 0
-            momentum = jnp.where(moved, jnp.abs(m), jnp.nan).astype(wide)
-            ratio = jnp.abs(u.astype(wide)) / momentum
-            for q in _QUANTILES:
-                name = f"step_size/{_name(path)}/{q}"
-                report[name] = jnp.nanquantile(ratio, q)
+        _check_like("updates", updates, inner)
+    if isinstance(inner, ScaleByRelativeCurvatureState):
+        sizes = jax.tree.map(jnp.abs, inner.nu)
+        relative = jax.tree.map(lambda v: _ratio(v, jnp.mean(v)), sizes)
+        report |= _quantiles("relative_curvature", relative)
+    elif updates is not None:
+        report |= _quantiles("step_size", jax.tree.map(_ratio, updates, inner.mu))
     if clip_threshold is not None:
         check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
         if updates is None:
@@ -121,7 +123,7 @@ def diagnostics(
                 "clip_threshold was given, but no updates to look at: pass updates= as"
                 " well."
             )
-        entries = _floats(updates, inner.mu)
+        entries = _floats(updates, inner.nu)
         size = max(sum(x.size for x in entries), 1)
         at_bound = [jnp.abs(x) >= clip_threshold * (1 - 1e-6) for x in entries]
         report["clipped_share"] = _sum(at_bound) / size
@@ -129,6 +131,32 @@ def diagnostics(
 
 
 _QUANTILES = (0.05, 0.5, 0.95)
+
+
+def _check_like(name: str, tree: Any, state: CurvatureState) -> None:
+    """Raise unless a tree is like the parameters, as far as the state knows them."""
+    if isinstance(state, ScaleByAdaHessianState):
+        check_like(name, tree, state.mu)
+    else:
+        check_structure(name, tree, state.nu)
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return ``|x| / |y|``, NaN where y is 0; an integer leaf stays as it is."""
+    if not is_differentiable(y):
+        return y
+    wide = accumulation_dtype(x, y)
+    return jnp.abs(x.astype(wide)) / jnp.where(y != 0, jnp.abs(y), jnp.nan).astype(wide)
+
+
+def _quantiles(name: str, tree: Any) -> dict[str, jax.Array]:
+    """Return the quantiles of the entries of each leaf, without those that are NaN."""
+    return {
+        f"{name}/{_name(path)}/{q}": jnp.nanquantile(x, q)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        if is_differentiable(x) and x.size
+        for q in _QUANTILES
+    }
 
 
 def _floats(tree: Any, like: Any) -> list[jax.Array]:

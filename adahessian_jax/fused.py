@@ -188,7 +188,7 @@ def value_and_grad_with_curvature(
         if refresh is not None:
             check_flag("refresh", refresh)
         inner = find_states(state)
-        curved = masked_in_all(params, [s.mu for s in inner])
+        curved = masked_in_all(params, [s.nu for s in inner])
         initial = jax.eval_shape(estimator.init, curved)
         for other in inner:
             check_same_estimator("curvature", initial, other.estimator_state)

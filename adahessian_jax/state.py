@@ -4,6 +4,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adahessian_jax.checks import check_like, raise_if
@@ -31,46 +32,71 @@ class ScaleByAdaHessianState(NamedTuple):
     estimator_state: optax.OptState
 
 
-def find_states(state: optax.OptState) -> list[ScaleByAdaHessianState]:
-    """Return the states of AdaHessian inside that of a chain or wrapper, at least one.
+class ScaleByRelativeCurvatureState(NamedTuple):
+    """State of the transformation by relative curvature.
 
-    There is more than one where ``optax.partition`` gives groups of parameters an
-    AdaHessian each.
+    Its fields are those of :class:`ScaleByAdaHessianState` of the same names.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    refreshes: jax.Array
+    nonfinite: jax.Array
+    nu: optax.Updates
+    hessian_diag: optax.Updates | None
+    refresh_due: jax.Array | None
+    estimator_state: optax.OptState
+
+
+CurvatureState = ScaleByAdaHessianState | ScaleByRelativeCurvatureState
+
+
+def find_states(state: optax.OptState) -> list[CurvatureState]:
+    """Return the states with curvature inside that of a chain or wrapper, at least one.
+
+    There is more than one where ``optax.partition`` gives groups of parameters a
+    transformation each.
     """
 
     def is_ours(x: Any) -> bool:
-        return isinstance(x, ScaleByAdaHessianState)
+        return isinstance(x, CurvatureState)
 
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     if not found:
         raise ValueError(
-            "state must contain the state of a scale_by_adahessian or adahessian, and"
-            f" there is none in one of type {type(state).__name__}."
+            "state must contain the state of an adahessian, scale_by_adahessian or"
+            " scale_by_relative_curvature, and there is none in one of type"
+            f" {type(state).__name__}."
         )
     return found
 
 
-def find_state(state: optax.OptState) -> ScaleByAdaHessianState:
-    """Return the only state of AdaHessian inside that of a chain or wrapper."""
+def find_state(state: optax.OptState) -> CurvatureState:
+    """Return the only state with curvature inside that of a chain or wrapper."""
     found = find_states(state)
     if len(found) > 1:
         raise ValueError(
-            f"state contains the states of {len(found)} AdaHessians: pass that of one,"
-            " for optax.partition state.inner_states[label]."
+            f"state contains the states of {len(found)} transformations by curvature:"
+            " pass that of one, for optax.partition state.inner_states[label]."
         )
     return found[0]
 
 
 def check_state(
-    state: Any, params: optax.Params, *, always: bool, keeps_estimate: bool
+    state: Any,
+    params: optax.Params,
+    kind: type[CurvatureState],
+    *,
+    always: bool,
+    keeps_estimate: bool,
 ) -> None:
     """Raise unless a state is of this configuration: one restored may not be."""
-    if not isinstance(state, ScaleByAdaHessianState):
+    if not isinstance(state, kind):
         raise TypeError(
-            f"state must be a ScaleByAdaHessianState, got a {type(state).__name__}."
+            f"state must be a {kind.__name__}, got a {type(state).__name__}."
             " Restore checkpoints into the structure of tx.init(params)."
         )
-    check_like("state.mu", state.mu, params)
+    if isinstance(state, ScaleByAdaHessianState):
+        check_like("state.mu", state.mu, params)
     for name, expected, got in (
         ("update_interval", always, state.refresh_due is None),
         ("reuse_estimate", keeps_estimate, state.hessian_diag is not None),
@@ -84,7 +110,7 @@ def check_state(
             )
 
 
-def check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
+def check_curvature(curvature: Any, state: CurvatureState) -> None:
     """Raise unless a curvature was made for this state, as far as can be seen."""
     if not isinstance(curvature, Curvature):
         raise TypeError(
@@ -104,3 +130,13 @@ def check_curvature(curvature: Any, state: ScaleByAdaHessianState) -> None:
             "refresh=False before any estimate was made: the first call needs"
             " refresh=True or None.",
         )
+
+
+def nan_if_stale(curvature: Curvature | None, state: CurvatureState) -> Any:
+    """Return 1, or NaN if a curvature was made for another state.
+
+    Nothing can be raised inside jit: a mistake must not pass unnoticed.
+    """
+    if curvature is None:
+        return 1.0
+    return jnp.where(curvature.count == state.count, 1.0, jnp.nan)

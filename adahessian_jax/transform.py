@@ -13,7 +13,7 @@ from adahessian_jax.curvature_ema import CurvatureEMA, cast_like, zeros_like
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.moving_average import as_dtype, debias, ema, is_static
 from adahessian_jax.protocol import Curvature
-from adahessian_jax.state import ScaleByAdaHessianState
+from adahessian_jax.state import ScaleByAdaHessianState, nan_if_stale
 
 
 def scale_by_adahessian(
@@ -86,6 +86,7 @@ def scale_by_adahessian(
     check_float("relative_damping", relative_damping, 0.0)
     mu_dtype = check_float_dtype("mu_dtype", mu_dtype)
     curvature_ema = CurvatureEMA(
+        kind=ScaleByAdaHessianState,
         b2=b2,
         hessian_ema=hessian_ema,
         estimator=estimator,
@@ -98,8 +99,8 @@ def scale_by_adahessian(
     order = curvature_ema.order
 
     def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
-        fields = curvature_ema.init(params)
-        return ScaleByAdaHessianState(mu=zeros_like(params, mu_dtype), **fields)
+        state = curvature_ema.init(params, mu=None)
+        return state._replace(mu=zeros_like(params, mu_dtype))
 
     def update_fn(
         updates: optax.Updates,
@@ -114,10 +115,7 @@ def scale_by_adahessian(
             updates, before, params, curvature=curvature, **extra_args
         )
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), updates, before.mu)
-        mu_scale = debias(b1, state.count)
-        if curvature is not None:
-            # Nothing can be raised inside jit: a mistake must not pass unnoticed.
-            mu_scale = jnp.where(curvature.count == before.count, mu_scale, jnp.nan)
+        mu_scale = debias(b1, state.count) * nan_if_stale(curvature, before)
         nu_scale = curvature_ema.bias_correction(state)
         # Of the denominator without eps, which is homogeneous in nu.
         scale = nu_scale ** (as_dtype(hessian_power, nu_scale.dtype) / order)

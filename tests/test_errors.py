@@ -721,8 +721,8 @@ USE = {
     "diagnostics-of-adam": (
         lambda: ah.diagnostics(optax.adam(0.1).init(W)),
         ValueError,
-        "state must contain the state of a scale_by_adahessian or adahessian, and there"
-        " is none in one of type tuple.",
+        "state must contain the state of an adahessian, scale_by_adahessian or"
+        " scale_by_relative_curvature, and there is none in one of type tuple.",
     ),
     "diagnostics-estimate": (
         lambda: ah.diagnostics(ah.adahessian(0.1).init(W), estimate={"w": W["w"]}),
@@ -771,8 +771,8 @@ USE = {
     "fused-without-state": (
         lambda: ah.value_and_grad_with_curvature(loss, ah.hutchinson())(W),
         ValueError,
-        "state must contain the state of a scale_by_adahessian or adahessian, and there"
-        " is none in one of type NoneType.",
+        "state must contain the state of an adahessian, scale_by_adahessian or"
+        " scale_by_relative_curvature, and there is none in one of type NoneType.",
     ),
     "fused-vector": (
         lambda: fused_update(ah.hutchinson(), loss_fn=lambda p: p["w"]),
@@ -884,6 +884,7 @@ KIND = {
     "clip_threshold": "positive",
     "control_variate": "control variate",
     "curvature_batch": "count",
+    "damping": "positive",
     "decay": "decay",
     "eps": "not negative",
     "estimate": "tree like the parameters",
@@ -907,6 +908,7 @@ KIND = {
     "n_samples": "count",
     "nu_dtype": "float dtype",
     "output_loss": "function",
+    "power": "not negative",
     "probe": "probe",
     "rank": "count",
     "reduction": "choice",
@@ -949,6 +951,7 @@ RIGHT = {
     "normal_like": {"key": jax.random.key(0), "tree": W},
     "rademacher_like": {"key": jax.random.key(0), "tree": W},
     "scale_by_adahessian": {},
+    "scale_by_relative_curvature": {},
     "unmasked": {"fun": loss, "params": W},
     "value_and_grad_with_curvature": {"loss_fn": loss, "estimator": ah.hutchinson()},
 }
