@@ -133,9 +133,9 @@ def block_average(
       <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.2 and equation 10
 
     .. note::
-      The official code for transformers averages with the sign inside a block and takes
-      the absolute value of the mean: under the squared average of
-      ``hessian_ema="rms"`` that is ``abs_first=False``.
+      The official code for transformers averages absolute values over blocks of the
+      flattened matrix ``(out, in)``, of matrices only. That is ``axis=0`` of a kernel
+      ``(in, out)``, with ``is_blocked=lambda path, leaf: leaf.ndim == 2``.
     """
     if isinstance(axis, bool) or not isinstance(axis, int):
         raise TypeError(f"axis must be an int, got {axis!r}.")

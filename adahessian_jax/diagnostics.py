@@ -42,7 +42,7 @@ def diagnostics(
       clip_threshold: the bound that updates were clipped to.
 
     Returns:
-      A flat dict of scalars of shape ():
+      A flat dict of scalars of shape (), with these keys.
 
       - ``"count"``, ``"refreshes"``: numbers of updates and of estimates so far.
       - ``"nonfinite"``: how many entries of estimates were left out of the average so

@@ -35,10 +35,15 @@ _PROBES: dict[str, Probe] = {"rademacher": rademacher_like, "normal": normal_lik
 
 
 class HutchinsonState(NamedTuple):
-    """State of Hutchinson's estimator."""
+    """State of Hutchinson's estimator.
 
-    key: jax.Array  # the PRNG key that the next update splits
-    control_variate: Any  # state of the control variate, () without one
+    Attributes:
+      key: the PRNG key that the next update splits.
+      control_variate: the state of the control variate, () without one.
+    """
+
+    key: jax.Array
+    control_variate: Any
 
 
 def hutchinson(

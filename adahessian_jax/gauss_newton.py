@@ -32,9 +32,13 @@ from adahessian_jax.protocol import CurvatureEstimator
 
 
 class GaussNewtonState(NamedTuple):
-    """State of a Gauss-Newton estimator."""
+    """State of a Gauss-Newton estimator.
 
-    key: jax.Array  # the PRNG key that the next update splits
+    Attributes:
+      key: the PRNG key that the next update splits.
+    """
+
+    key: jax.Array
 
 
 def gauss_newton(

@@ -15,15 +15,27 @@ from adahessian_jax.hvp import Floats, split_differentiable
 
 
 class LowRankState(NamedTuple):
-    """What is tracked; each leaf of ``basis`` has a leading axis of size ``rank``."""
+    r"""What a low-rank control variate tracks.
 
-    basis: optax.Updates  # orthonormal directions, zero where there is none yet
-    lengths: jax.Array  # of the tracked products along them, shape (rank,)
-    products: jax.Array  # EMA of (q_i . Hz)(q_j . z), shape (rank, rank)
-    squares: jax.Array  # EMA of (q_i . Hz)(q_j . Hz), shape (rank, rank)
-    probes: jax.Array  # EMA of (q_i . z)(q_j . z), shape (rank, rank)
-    weight: jax.Array  # sum of the weights of the samples in these averages, shape ()
-    squared_weight: jax.Array  # sum of their squares, shape ()
+    Attributes:
+      basis: orthonormal directions :math:`q_i`, zero where there is none yet; the
+        structure of the parameters, with a leading axis of size ``rank``.
+      lengths: of the tracked products along them, shape (rank,).
+      products: moving average of :math:`(q_i \cdot Hz)(q_j \cdot z)`, shape
+        (rank, rank).
+      squares: that of :math:`(q_i \cdot Hz)(q_j \cdot Hz)`, of the same shape.
+      probes: that of :math:`(q_i \cdot z)(q_j \cdot z)`, of the same shape.
+      weight: sum of the weights of the samples in these averages, shape ().
+      squared_weight: sum of their squares, shape ().
+    """
+
+    basis: optax.Updates
+    lengths: jax.Array
+    products: jax.Array
+    squares: jax.Array
+    probes: jax.Array
+    weight: jax.Array
+    squared_weight: jax.Array
 
 
 def low_rank_control(

@@ -9,7 +9,9 @@ import optax
 from flax import nnx
 
 from adahessian_jax import fused
+from adahessian_jax.checks import check_callable, check_flag, check_int
 from adahessian_jax.masking import fill_masked
+from adahessian_jax.protocol import as_estimator
 
 
 def functional(
@@ -30,6 +32,10 @@ def functional(
       The function for ``obj_fn`` or ``predict_fn``. Parameters that a wrapper such as
       ``optax.partition`` has masked are those of the module.
 
+    Raises:
+      ValueError: at a call, if the parameters have another structure than the module's.
+      TypeError: if ``fun`` is not callable.
+
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
@@ -43,6 +49,7 @@ def functional(
       >>> bool(loss_fn(model) < loss)
       True
     """
+    check_callable("fun", fun, "module -> result")
     graphdef, params, rest = _split(model, wrt)
     return lambda p: fun(nnx.merge(graphdef, fill_masked(p, params), rest))
 
@@ -72,6 +79,11 @@ def value_and_grad_with_curvature(
       changes the module as a call of ``loss_fn`` does: batch statistics and the counts
       of random number generators move on once.
 
+    Raises:
+      ValueError: if ``curvature_batch`` < 1; at the call, if an array of the batch has
+        fewer examples.
+      TypeError: if an argument is of the wrong type.
+
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> from flax import nnx
@@ -84,6 +96,11 @@ def value_and_grad_with_curvature(
       >>> loss, grads, curvature = value_and_grad(model, x, optimizer=optimizer)
       >>> updates = optimizer.update(model, grads, curvature=curvature)
     """
+    check_callable("loss_fn", loss_fn, "(model, *batch) -> loss")
+    estimator = as_estimator(estimator)
+    check_flag("has_aux", has_aux)
+    if curvature_batch is not None:
+        check_int("curvature_batch", curvature_batch, 1)
 
     def value_and_grad_fn(
         model: nnx.Module,

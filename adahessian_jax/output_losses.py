@@ -118,7 +118,11 @@ def check_output_loss(
       event_ndim: as given to :func:`adahessian_jax.gauss_newton`.
       rtol: the relative difference that passes.
 
+    Returns:
+      Nothing, if the two are the same.
+
     Raises:
+      TypeError: if an argument is of the wrong type.
       ValueError: if the two differ; the message says whether by a factor, and which.
 
     Examples:

@@ -17,7 +17,7 @@ class CurvatureEstimator(optax.GradientTransformationExtraArgs):
 
     It is an ``optax.GradientTransformationExtraArgs`` whose ``update`` returns the
     Hessian's diagonal in place of the updates; any such transformation is accepted
-    where this library takes an estimator. This one has two more attributes.
+    where this library takes an estimator. This one has three more attributes.
 
     Attributes:
       value_and_grad: ``(loss_fn, state, params, *, has_aux, **extra_args)`` to
@@ -50,13 +50,19 @@ class CurvatureEstimator(optax.GradientTransformationExtraArgs):
 
 
 class Curvature(NamedTuple):
-    """An estimate, or word that there is none, on its way to the optimizer."""
+    """An estimate, or word that there is none, on its way to the optimizer.
 
-    hessian_diag: optax.Updates | None  # None where no estimate was made
+    Attributes:
+      hessian_diag: the estimate, None where none was made.
+      estimator_state: the estimator's state after it.
+      count: the optimizer's count when it was made, shape (), int32.
+      refreshed: whether ``hessian_diag`` is an estimate, bool of shape (), if that was
+        decided while running.
+    """
+
+    hessian_diag: optax.Updates | None
     estimator_state: Any
-    # The optimizer's count when it was made; hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
-    # Whether hessian_diag is an estimate, if that was decided while running.
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
     refreshed: jax.Array | None
 
 

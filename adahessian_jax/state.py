@@ -17,25 +17,45 @@ class ScaleByAdaHessianState(NamedTuple):
     Checkpoints of it stay readable within a minor version. A version that adds, drops
     or renames a field says so in the changelog under "State", with what to put in its
     place; a state of another configuration is refused by ``update``.
+
+    Attributes:
+      count: number of updates so far, shape (), int32.
+      refreshes: number of estimates so far, shape (), int32.
+      nonfinite: how many entries of estimates were left out, because they, or their
+        squares with ``"rms"``, were not finite, shape (), int32.
+      mu: moving average of the gradient; structure and shapes of the parameters.
+      nu: moving average of the curvature, not bias-corrected; structure of the
+        parameters, at the size that averaging leaves.
+      hessian_diag: the last estimate, at that size, if it enters the average again.
+      refresh_due: whether the next update estimates, bool of shape (); None if every
+        one does.
+      estimator_state: the estimator's state.
     """
 
-    # How many updates there were, shape (), int32; hides tuple.count.
-    count: jax.Array  # type: ignore[assignment]
-    refreshes: jax.Array  # number of estimates so far, shape (), int32
-    # How many entries of estimates were left out, because they, or their squares with
-    # "rms", were not finite, shape (), int32.
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count
+    refreshes: jax.Array
     nonfinite: jax.Array
-    mu: optax.Updates  # EMA of the gradient
-    nu: optax.Updates  # EMA of the curvature, at the size that averaging leaves
-    hessian_diag: optax.Updates | None  # the last estimate, where it is used again
-    refresh_due: jax.Array | None  # bool, shape (): next time; None for every time
+    mu: optax.Updates
+    nu: optax.Updates
+    hessian_diag: optax.Updates | None
+    refresh_due: jax.Array | None
     estimator_state: optax.OptState
 
 
 class ScaleByRelativeCurvatureState(NamedTuple):
     """State of the transformation by relative curvature.
 
-    Its fields are those of :class:`ScaleByAdaHessianState` of the same names.
+    Attributes:
+      count: number of updates so far, shape (), int32.
+      refreshes: number of estimates so far, shape (), int32.
+      nonfinite: how many entries of estimates were left out, because they, or their
+        squares with ``"rms"``, were not finite, shape (), int32.
+      nu: moving average of the curvature, not bias-corrected; structure of the
+        parameters, at the size that averaging leaves.
+      hessian_diag: the last estimate, at that size, if it enters the average again.
+      refresh_due: whether the next update estimates, bool of shape (); None if every
+        one does.
+      estimator_state: the estimator's state.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count

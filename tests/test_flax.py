@@ -333,3 +333,27 @@ def test_nnx_after_a_failed_update(extra_args, jit):
     with pytest.raises((ValueError, TypeError), match="obj_fn"):
         (nnx.jit(update) if jit else update)(model, optimizer)
     chex.assert_trees_all_equal(nnx.as_pure(nnx.state((model, optimizer))), before)
+
+
+@nnx_only
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"loss_fn": 3}, TypeError, "loss_fn must be a callable"),
+        ({"estimator": "hutchinson"}, TypeError, "estimator must be an optax"),
+        ({"has_aux": 1}, TypeError, "has_aux must be True or False, got 1"),
+        ({"curvature_batch": 0}, ValueError, "curvature_batch must be >= 1, got 0"),
+    ],
+    ids=["loss_fn", "estimator", "has_aux", "curvature_batch"],
+)
+def test_nnx_bad_arguments(options, error, message):
+    from adahessian_jax.nnx import functional, value_and_grad_with_curvature
+
+    right = {
+        "loss_fn": lambda model, x: jnp.sum(model(x)),
+        "estimator": ah.hutchinson(),
+    }
+    with pytest.raises(error, match="^" + message):
+        value_and_grad_with_curvature(**{**right, **options})
+    with pytest.raises(TypeError, match=r"^fun must be a callable module -> result"):
+        functional(3, flax.nnx.Linear(2, 1, rngs=flax.nnx.Rngs(0)))
