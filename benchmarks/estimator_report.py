@@ -267,20 +267,21 @@ def _learning_table(result: Result) -> str:
     return "\n".join(lines)
 
 
-BLACK, BLUE, SKY, ORANGE, GREEN, PURPLE = (
-    *("#222222", "#1f5fa8", "#6aaedb", "#d9601a", "#2e8b57", "#8e4fa8"),
+# The colours that the notebooks give to the same estimators.
+BLACK, BLUE, SKY, AMBER, GREEN, PURPLE = (
+    *("#222222", "#0072b2", "#56b4e9", "#cc8a00", "#009e73", "#aa4499"),
 )
 STYLE = {  # colour, marker, label
     PEER: (BLACK, "X", PEER_LABEL),
     "hutchinson": (BLUE, "o", "hutchinson()"),
     "hutchinson n=4": (BLUE, "s", "hutchinson(4)"),
     "microbatched 8": (SKY, "D", "microbatched(hutchinson(), 8)"),
-    "low_rank_control": (GREEN, "P", "hutchinson, low_rank_control(8)"),
+    "low_rank_control": (AMBER, "P", "hutchinson, low_rank_control(8)"),
     "gauss_newton_control": (PURPLE, "^", "hutchinson, gauss_newton_control"),
-    "gauss_newton": (ORANGE, "o", "gauss_newton()"),
-    "gauss_newton n=4": (ORANGE, "s", "gauss_newton, n_samples=4"),
-    "gauss_newton sampled-labels": (ORANGE, "v", 'gauss_newton, "sampled-labels"'),
-    "gauss_newton hutchinson": (ORANGE, "X", 'gauss_newton, "hutchinson"'),
+    "gauss_newton": (GREEN, "o", "gauss_newton()"),
+    "gauss_newton n=4": (GREEN, "s", "gauss_newton, n_samples=4"),
+    "gauss_newton sampled-labels": (GREEN, "v", 'gauss_newton, "sampled-labels"'),
+    "gauss_newton hutchinson": (GREEN, "X", 'gauss_newton, "hutchinson"'),
 }
 X_TICKS, Y_TICKS = (0.5, 1, 2, 5, 10), (0.5, 1, 2, 5, 10, 20, 50)
 

