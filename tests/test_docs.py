@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The docs' code runs, what they name exists, and the API reference is complete."""
 
+import inspect
 import json
 import pathlib
 import re
@@ -138,3 +139,26 @@ def test_notebooks_are_committed_executed(path):
     for output in (o for cell in code for o in cell["outputs"]):
         assert output["output_type"] != "error"
         assert output.get("name") != "stderr", output["text"]
+
+
+SECTIONS = ["Args", "Attributes", "Returns", "Raises", "Examples", "References"]
+
+
+@pytest.mark.parametrize("name", ah.__all__)
+def test_docstrings_have_the_house_form(name):
+    """Sections in their order, none missing, and every argument and field in them."""
+    value = getattr(ah, name)
+    text = inspect.getdoc(value)
+    found = re.findall(rf"^({'|'.join(SECTIONS)}):$", text, flags=re.MULTILINE)
+    assert found == sorted(found, key=SECTIONS.index)
+    if inspect.isclass(value):
+        expected = {"Attributes"}
+        entries = getattr(value, "_fields", ())
+        if value is ah.CurvatureEstimator:  # those of optax's type are init and update
+            entries = value.__annotations__
+    else:
+        expected = {"Args", "Returns", "Raises", "Examples"}
+        entries = inspect.signature(value).parameters
+    assert expected <= set(found)
+    for entry in entries:
+        assert re.search(rf"^  {entry}: ", text, flags=re.MULTILINE), entry
