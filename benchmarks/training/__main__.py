@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare optimizers on a task: ``python -m benchmarks.training TASK``.
+
+Learning rates are searched with one seed, then each contender is run with others, at
+AdamW's number of steps and in AdamW's time. Writes a JSON file, a table and a plot.
+"""
+
+import argparse
+import json
+import math
+import platform
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.training import protocol, report
+from benchmarks.training.contenders import CONTENDERS
+from benchmarks.training.tasks import TASKS
+
+
+def main() -> None:
+    """Run the comparison that the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="of AdamW; by default the task's own")
+    out = Path(__file__).parent.parent / "results" / "training"
+    parser.add_argument("--out", type=Path, default=out, help="a directory")
+    args = parser.parse_args()
+    console = Console()
+    task = TASKS[args.task]()
+    steps = args.steps or task.steps
+    names = [
+        name
+        for name, contender in CONTENDERS.items()
+        if contender.suits(task)
+        and (name in (args.only or CONTENDERS) or name == "AdamW")
+    ]
+    seeds = range(args.seeds)
+    trains = {name: protocol.make_train(task, CONTENDERS[name]) for name in names}
+    result = {
+        "task": args.task,
+        "steps": steps,
+        "seeds": args.seeds,
+        "device": f"{jax.devices()[0].device_kind}, {platform.processor()}".strip(", "),
+        "jax": jax.__version__,
+        "contenders": {},
+    }
+    for name in track(names, "searching learning rates", console=console):
+        start = CONTENDERS[name].start
+
+        def score(rate: float, train: protocol.Train = trains[name]) -> float:
+            return train(rate, protocol.TUNING_SEED, steps).score
+
+        if CONTENDERS[name].line_search:
+            found = {start: score(start)}
+        else:
+            found = protocol.search(score, start)
+        result["contenders"][name] = {
+            "search": {f"{rate:.4g}": loss for rate, loss in found.items()},
+            "rate": protocol.best_rate(found),
+            "width": protocol.good_width(found),
+        }
+        rate = result["contenders"][name]["rate"]
+        console.print(f"{name}: {rate:.3g}, loss {min(found.values()):.4g}")
+    # Interleaved, so that what else the machine does troubles all alike.
+    for seed in track(seeds, "at equal steps", console=console):
+        for name in names:
+            found = result["contenders"][name]
+            run = trains[name](found["rate"], seed, steps)
+            found.setdefault("equal steps", []).append(run._asdict())
+    least = {  # seconds of a step; a run that diverged was cut short
+        name: min(run["seconds"] / run["steps"][-1] for run in found["equal steps"])
+        for name, found in result["contenders"].items()
+    }
+    for seed in track(seeds, "at equal time", console=console):
+        for name in names:
+            found = result["contenders"][name]
+            found["cost"] = least[name] / least["AdamW"]
+            affordable = max(protocol.RECORDS, math.floor(steps / found["cost"]))
+            run = trains[name](found["rate"], seed, affordable)
+            found.setdefault("equal time", []).append(run._asdict())
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.task}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
+    report.plot(result, path.with_suffix(".png"))
+    console.print(report.table(result), markup=False)
+
+
+if __name__ == "__main__":
+    main()

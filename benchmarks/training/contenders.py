@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizers that are compared, each with all settings fixed but the learning rate.
+
+All have the same weight decay, and the same schedule: linear warm-up over the first 5 %
+of the steps, then a cosine to zero.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import adahessian_jax as ah
+from benchmarks.training.tasks import Task
+
+Make = Callable[[Any, Any, Task], optax.GradientTransformation]
+WEIGHT_DECAY = 1e-4
+DELAYED = {"update_interval": 10, "initial_refreshes": 50}
+
+
+class Contender(NamedTuple):
+    """An optimizer with one setting of everything but the learning rate.
+
+    Attributes:
+      make: ``(learning_rate, estimator, task)`` to the transformation.
+      estimator: ``(task, key)`` to the estimator of curvature; None without.
+      start: the learning rate in whose neighbourhood the search begins.
+      update_interval: how often the curvature is estimated.
+      initial_refreshes: on how many first steps it is.
+      hands_on_diag: whether the estimate is made outside the optimizer, which is not
+        ours and would make it inside a conditional.
+      line_search: whether it finds the length of its steps itself, which takes a batch
+        that never changes.
+    """
+
+    make: Make
+    estimator: Callable[[Task, jax.Array], optax.GradientTransformation] | None = None
+    start: float = 1e-2
+    update_interval: int = 1
+    initial_refreshes: int = 0
+    hands_on_diag: bool = False
+    line_search: bool = False
+
+    def suits(self, task: Task) -> bool:
+        """Whether it can be run on a task."""
+        return task.batch_size is None or not self.line_search
+
+    def is_due(self, step: int) -> bool:
+        """Whether update number ``step``, from 0, is one with an estimate."""
+        return step < self.initial_refreshes or step % self.update_interval == 0
+
+
+def hutchinson(task: Task, key: jax.Array) -> optax.GradientTransformation:
+    """Return the published estimator."""
+    del task
+    return ah.hutchinson(seed=key)
+
+
+def gauss_newton(task: Task, key: jax.Array) -> optax.GradientTransformation:
+    """Return the quiet estimator, for the task's loss."""
+    return ah.gauss_newton(**task.loss, seed=key)
+
+
+def gaussian(task: Task, key: jax.Array) -> optax.GradientTransformation:
+    """Return the third published form's estimator, without its control variate."""
+    del task
+    return ah.hutchinson(probe="normal", seed=key)
+
+
+def of_optax(task: Task, key: jax.Array) -> optax.GradientTransformation:
+    """Return optax's own estimator."""
+    del task, key
+    return optax.contrib.hutchinson_estimator_diag_hessian()
+
+
+def _adahessian(**options: Any) -> Make:
+    def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
+        del task
+        return ah.adahessian(
+            learning_rate, estimator=estimator, weight_decay=WEIGHT_DECAY, **options
+        )
+
+    return make
+
+
+def _sophia(gamma: float) -> Make:
+    def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
+        del task
+        handed_on = optax.GradientTransformationExtraArgs(
+            estimator.init,
+            lambda updates, state, params=None, *, hessian_diag, **_: (
+                hessian_diag,
+                state,
+            ),
+        )
+        return optax.contrib.sophia(
+            learning_rate,
+            gamma=gamma,
+            weight_decay=WEIGHT_DECAY,
+            hessian_diagonal_fn=handed_on,
+        )
+
+    return make
+
+
+def _paper(**options: Any) -> Make:
+    def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
+        averaging = ah.conv_spatial_average() if task.loops else None
+        return _adahessian(eps=1e-4, averaging=averaging, **options)(
+            learning_rate, estimator, task
+        )
+
+    return make
+
+
+def _clipped(learning_rate: Any, estimator: Any, task: Task) -> Any:
+    del task
+    return optax.chain(
+        ah.scale_by_adahessian(
+            b2=0.95, hessian_ema="mean", estimator=estimator, **DELAYED
+        ),
+        optax.clip(0.1),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _relative(
+    before: Callable[[], optax.GradientTransformation], **options: Any
+) -> Make:
+    def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
+        del task
+        return optax.chain(
+            before(),
+            ah.scale_by_relative_curvature(estimator=estimator, **options, **DELAYED),
+            optax.add_decayed_weights(WEIGHT_DECAY),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    return make
+
+
+def _plain(make: Callable[..., Any]) -> Make:
+    return lambda learning_rate, estimator, task: make(learning_rate)
+
+
+ZACK_DUGUE = {"hessian_ema": "mean", "hessian_power": 0.5}
+
+CONTENDERS: dict[str, Contender] = {
+    "SGD": Contender(
+        _plain(
+            lambda lr: optax.chain(
+                optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(lr, momentum=0.9)
+            )
+        ),
+        start=0.1,
+    ),
+    "AdamW": Contender(_plain(lambda lr: optax.adamw(lr, weight_decay=WEIGHT_DECAY))),
+    "Muon": Contender(
+        _plain(lambda lr: optax.contrib.muon(lr, weight_decay=WEIGHT_DECAY))
+    ),
+    "L-BFGS": Contender(
+        lambda learning_rate, estimator, task: optax.lbfgs(memory_size=20),
+        line_search=True,
+    ),
+    "Sophia": Contender(
+        _sophia(0.01), of_optax, 1e-3, update_interval=10, hands_on_diag=True
+    ),
+    "Sophia, gamma=1": Contender(
+        _sophia(1.0), of_optax, 3e-3, update_interval=10, hands_on_diag=True
+    ),
+    "AdaHessian, paper": Contender(_paper(), hutchinson, 0.3),
+    "AdaHessian, davda54": Contender(_adahessian(), hutchinson, 0.3),
+    "AdaHessian, Zack-Dugue": Contender(_adahessian(**ZACK_DUGUE), gaussian, 0.03),
+    "paper, delayed": Contender(_paper(**DELAYED), hutchinson, 0.3, **DELAYED),
+    "davda54, delayed": Contender(_adahessian(**DELAYED), hutchinson, 0.3, **DELAYED),
+    "Zack-Dugue, delayed": Contender(
+        _adahessian(**ZACK_DUGUE, **DELAYED), gaussian, 0.03, **DELAYED
+    ),
+    "Gauss-Newton, clipped": Contender(_clipped, gauss_newton, 0.03, **DELAYED),
+    "relative curvature": Contender(
+        _relative(optax.scale_by_adam), gauss_newton, **DELAYED
+    ),
+    "relative curvature, k=0.5": Contender(
+        _relative(optax.scale_by_adam, power=0.5), gauss_newton, **DELAYED
+    ),
+}

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run is made and timed, how learning rates are found, and what is compared."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adahessian_jax as ah
+from benchmarks.training.contenders import Contender
+from benchmarks.training.tasks import Task
+
+RECORDS = 20  # how often a run is evaluated
+FACTOR = 10**0.5  # between learning rates of the search
+MAX_TRAIN = 2000  # training examples that the training loss is of
+TUNING_SEED = 1000
+
+
+class Run(NamedTuple):
+    """Losses along a run, and how long its steps took."""
+
+    steps: list[int]
+    train: list[float]
+    validation: list[float]
+    seconds: float
+
+    @property
+    def score(self) -> float:
+        """The final validation loss, infinite if the run diverged."""
+        return self.validation[-1] if math.isfinite(self.validation[-1]) else math.inf
+
+
+Train = Callable[..., Run]
+
+
+def schedule(peak: Any, count: Any, steps: Any) -> jax.Array:
+    """Rise to the peak over 5 % of the steps, and fall along a cosine to zero."""
+    warmup = 0.05 * steps
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * (count - warmup) / (steps - warmup)))
+    return peak * jnp.where(count < warmup, (count + 1) / warmup, cosine)
+
+
+def make_train(task: Task, contender: Contender) -> Train:
+    """Return ``(peak, seed, steps) -> Run``, compiled once for all of them."""
+    data = jax.device_put(task.train)
+    n = len(jax.tree.leaves(data)[0])
+
+    def optimizer(peak: Any, steps: Any, key: jax.Array) -> tuple[Any, Any]:
+        estimator = contender.estimator and contender.estimator(task, key)
+
+        def learning_rate(count: Any) -> jax.Array:
+            return schedule(peak, count, steps)
+
+        return contender.make(learning_rate, estimator, task), estimator
+
+    def batch_of(data: Any, key: jax.Array, count: Any) -> Any:
+        if task.batch_size is None:
+            return data
+        # With replacement: permuting all examples would take longer than some steps.
+        key = jax.random.fold_in(key, count)
+        rows = jax.random.randint(key, (task.batch_size,), 0, n)
+        return jax.tree.map(lambda x: x[rows], data)
+
+    def step(carry: Any, count: Any, peak: Any, steps: Any, data: Any, refresh: Any):
+        params, state, keys = carry
+        tx, estimator = optimizer(peak, steps, keys[1])
+        tx = optax.with_extra_args_support(tx)
+        batch = batch_of(data, keys[0], count)
+        grads, extra_args, outer = differentiate(
+            *(task, contender, estimator, params, state, batch),
+            count=count,
+            refresh=refresh,
+        )
+        if contender.hands_on_diag:
+            state, _ = state
+        updates, state = tx.update(grads, state, params, **extra_args)
+        params = optax.apply_updates(params, updates)
+        if contender.hands_on_diag:
+            state = state, outer
+        return params, state, keys
+
+    def init(peak: Any, seed: Any, steps: Any) -> Any:
+        init_key, batch_key, probe_key = jax.random.split(jax.random.key(seed), 3)
+        params = task.init(init_key)
+        tx, estimator = optimizer(peak, steps, probe_key)
+        state = tx.init(params)
+        if contender.hands_on_diag:
+            state = state, estimator.init(params)
+        return params, state, (batch_key, probe_key)
+
+    @jax.jit
+    def several(carry: Any, start: Any, end: Any, peak: Any, steps: Any, data: Any):
+        return jax.lax.fori_loop(
+            start, end, lambda t, c: step(c, t, peak, steps, data, None), carry
+        )
+
+    one = jax.jit(step, static_argnames="refresh", donate_argnums=0)
+    start_of = jax.jit(init)
+    evaluate = make_evaluate(task)
+
+    def train(peak: float, seed: int, steps: int) -> Run:
+        carry = start_of(peak, seed, steps)
+        run = Run([], [], [], 0.0)
+        seconds = 0.0
+        ends = [round(steps * (i + 1) / RECORDS) for i in range(RECORDS)]
+        for begin, end in zip([0, *ends], ends, strict=False):
+            started = time.perf_counter()
+            if task.loops:
+                for t in range(begin, end):
+                    refresh = contender.estimator and contender.is_due(t)
+                    carry = one(carry, t, peak, steps, data, refresh=refresh)
+            else:
+                carry = several(carry, begin, end, peak, steps, data)
+            jax.block_until_ready(carry[0])
+            seconds += time.perf_counter() - started
+            losses = evaluate(carry[0])
+            run.steps.append(end)
+            run.train.append(losses[0])
+            run.validation.append(losses[1])
+            if not math.isfinite(losses[1]):
+                break
+        return run._replace(seconds=seconds)
+
+    return train
+
+
+def differentiate(
+    task: Task,
+    contender: Contender,
+    estimator: Any,
+    params: Any,
+    state: Any,
+    batch: Any,
+    *,
+    count: Any,
+    refresh: bool | None,
+) -> tuple[Any, dict[str, Any], Any]:
+    """Return the gradient, what else an update takes, and an outer estimator's state.
+
+    ``refresh`` says whether to estimate; with None the count does.
+    """
+
+    def loss_only(p: Any) -> jax.Array:
+        return task.loss_fn(p, batch)[0]
+
+    if contender.line_search:
+        value_and_grad = optax.value_and_grad_from_state(loss_only)
+        value, grads = value_and_grad(params, state=state)
+        return grads, {"value": value, "grad": grads, "value_fn": loss_only}, None
+    if contender.hands_on_diag:
+        grads = jax.grad(loss_only)(params)
+
+        def fresh(outer: Any) -> tuple[Any, Any]:
+            return estimator.update(grads, outer, params, obj_fn=loss_only)
+
+        def kept(outer: Any) -> tuple[Any, Any]:
+            return grads, outer  # the optimizer does not look at it
+
+        if refresh is None:
+            due = count % contender.update_interval == 0
+            diag, outer = jax.lax.cond(due, fresh, kept, state[1])
+        else:
+            diag, outer = (fresh if refresh else kept)(state[1])
+        return grads, {"hessian_diag": diag, "obj_fn": loss_only}, outer
+    if estimator is None:
+        return jax.grad(loss_only)(params), {}, None
+
+    def loss_fn(p: Any, batch: Any) -> Any:
+        loss, outputs = task.loss_fn(p, batch)
+        return (loss, outputs) if estimator.needs_outputs else loss
+
+    fused = ah.value_and_grad_with_curvature(loss_fn, estimator)
+    _, grads, curvature = fused(params, batch, state=state, refresh=refresh)
+    return grads, {"curvature": curvature}, None
+
+
+def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
+    """Return the function from parameters to training and validation loss."""
+
+    def some(tree: Any) -> Any:
+        n = len(jax.tree.leaves(tree)[0])
+        rows = np.linspace(0, n - 1, min(n, MAX_TRAIN)).astype(int)
+        return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[rows], tree))
+
+    sets = some(task.train), some(task.validation)
+    loss = jax.jit(lambda params, batch: task.loss_fn(params, batch)[0])
+    return lambda params: tuple(float(loss(params, batch)) for batch in sets)
+
+
+def search(
+    score: Callable[[float], float], start: float, *, max_steps: int = 12
+) -> dict[float, float]:
+    """Return the score of learning rates around the best, which has the least.
+
+    The rates lie half a decade apart. Three are tried first, and more at either edge
+    until the best two are not there.
+    """
+    found: dict[int, float] = {}
+
+    missing = [-1, 0, 1]
+    for _ in range(max_steps):
+        for power in missing:
+            found[power] = score(start * FACTOR**power)
+        best = min(found, key=lambda k: (found[k], k))  # the lower, if all diverge
+        missing = [k for k in (best - 1, best + 1) if k not in found]
+        if not missing:
+            break
+    return {start * FACTOR**k: found[k] for k in sorted(found)}
+
+
+def best_rate(found: dict[float, float]) -> float:
+    """Return the rate with the least loss."""
+    return min(found, key=lambda rate: found[rate])
+
+
+def good_width(found: dict[float, float], tolerance: float = 0.05) -> float:
+    """Return by what factor the rates span whose loss is within 5 % of the best.
+
+    Between rates that were tried, the logarithm of the loss is taken to be a straight
+    line in that of the rate.
+    """
+    rates = sorted(found)
+    x = np.log10(rates)
+    y = np.array([min(math.log(max(found[r], 1e-30)), 1e3) for r in rates])
+    fine = np.linspace(x[0], x[-1], 2001)
+    losses = np.interp(fine, x, y)
+    best = int(np.argmin(losses))
+    good = losses <= losses[best] + math.log1p(tolerance)
+    low, high = best, best
+    while low > 0 and good[low - 1]:
+        low -= 1
+    while high < len(fine) - 1 and good[high + 1]:
+        high += 1
+    return float(10 ** (fine[high] - fine[low]))

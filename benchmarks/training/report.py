@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table and the plot of a comparison."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Result = dict[str, Any]
+
+
+def final(runs: list[dict[str, Any]], which: str = "validation") -> np.ndarray:
+    """Return the last loss of each run, infinite where it diverged."""
+    last = np.array([run[which][-1] for run in runs])
+    return np.where(np.isfinite(last), last, np.inf)
+
+
+def difference(runs: list[Any], baseline: list[Any]) -> tuple[float, float, float]:
+    """Return by how much, relative to a baseline, the loss differs, and its bounds.
+
+    Means are geometric, because losses may span orders of magnitude, and of pairs with
+    the same seed. The bounds are two standard errors away. All three are infinite if a
+    run diverged.
+    """
+    ratio = np.log(final(runs) / final(baseline))
+    if not np.isfinite(ratio).all():
+        return math.inf, math.inf, math.inf
+    error = ratio.std(ddof=1) / math.sqrt(len(ratio)) if len(ratio) > 1 else math.nan
+    mean = float(ratio.mean())
+    return tuple(math.expm1(mean + k * error) for k in (0, -2, 2))
+
+
+def geometric_mean(losses: np.ndarray) -> float:
+    """Return the geometric mean, infinite if any of them is."""
+    return float(np.exp(np.log(losses).mean()))
+
+
+def table(result: Result) -> str:
+    """Lay the result out in Markdown."""
+    found = result["contenders"]
+    lines = [
+        f"# {result['task']}",
+        "",
+        f"{result['steps']} steps, {result['seeds']} seeds, {result['device']}, JAX"
+        f" {result['jax']}. Losses are geometric means over seeds; differences to AdamW"
+        " are of validation losses, pair by pair, and lie with two standard errors"
+        " between the figures in brackets.",
+        "",
+        "| | rate | good within a factor | cost | training loss | validation loss |"
+        " to AdamW, equal steps | to AdamW, equal time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in found.items():
+        cells = [name, f"{entry['rate']:.3g}", f"{entry['width']:.1f}"]
+        cells += [f"{entry['cost']:.2f}"]
+        for which in ("train", "validation"):
+            losses = final(entry["equal steps"], which)
+            cells.append(f"{geometric_mean(losses):.4g}")
+        for setting in ("equal steps", "equal time"):
+            change = difference(entry[setting], found["AdamW"][setting])
+            mean, low, high = (f"{100 * x:+.3g}" for x in change)
+            diverged = not math.isfinite(change[0])
+            cells.append("diverged" if diverged else f"{mean} % ({low} to {high})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: Result, path: Path) -> None:
+    """Draw the final losses of each contender at equal time, and the searches."""
+    found = result["contenders"]
+    figure = Figure(figsize=(10, 0.34 * len(found) + 1.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1))
+    ticks = range(len(found))
+    for ax, setting in ((left, "equal steps"), (right, "equal time")):
+        for y, entry in enumerate(found.values()):
+            change = difference(entry[setting], found["AdamW"][setting])
+            if math.isfinite(change[0]):
+                mean, low, high = (100 * x for x in change)
+                ax.plot([low, high], [y, y], color="#0072b2")
+                ax.plot(mean, y, "o", color="#0072b2")
+            else:
+                ax.text(0, y, " diverged", va="center", fontsize=8, color="#777777")
+        ax.axvline(0, color="#d55e00", linewidth=1)
+        ax.set_xscale("symlog", linthresh=10)
+        ax.set(title=setting, xlabel="validation loss beside AdamW's, %")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    left.set_yticks(ticks, found)
+    left.invert_yaxis()
+    figure.suptitle(result["task"], fontsize=11)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of training: its search, its arithmetic, a run of each contender."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("flax")
+pytest.importorskip("matplotlib")
+
+from benchmarks.training import protocol, report
+from benchmarks.training.contenders import CONTENDERS, WEIGHT_DECAY
+from benchmarks.training.tasks import TASKS, quadratic
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(jax, "shard_map"), reason="the benchmark is for JAX 0.8 or newer"
+)
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Parts of optax need it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.parametrize("best", [1e-4, 1e-2, 1.0, 50.0])
+def test_search_ends_around_the_best_rate(best):
+    found = protocol.search(lambda rate: math.log(rate / best) ** 2, 1e-2)
+    rate = protocol.best_rate(found)
+    assert abs(math.log(rate / best)) <= math.log(protocol.FACTOR) / 2 + 1e-9
+    assert min(found) < rate < max(found)
+
+
+def test_search_survives_divergence():
+    """Also where all but the least rates diverge."""
+    found = protocol.search(lambda rate: rate if rate < 1e-3 else math.inf, 1e-2)
+    assert protocol.best_rate(found) < 1e-3
+
+
+@pytest.mark.parametrize("width", [1.0, 10.0, 100.0])
+def test_good_width(width):
+    """Of a loss that is flat over a known range, and steep beside it."""
+    rates = 10.0 ** np.arange(-4, 4.25, 0.25)
+
+    def loss(rate):
+        outside = max(0.0, abs(math.log10(rate)) - math.log10(width) / 2)
+        return math.exp(10 * outside)
+
+    found = {float(r): loss(r) for r in rates}
+    expected = math.log10(width) + 2 * math.log(1.05) / 10
+    got = math.log10(protocol.good_width(found))
+    np.testing.assert_allclose(got, expected, atol=2 * 8 / 2000)  # of the fine grid
+
+
+def test_schedule_rises_and_falls():
+    values = np.array([protocol.schedule(2.0, jnp.array(t), 100) for t in range(101)])
+    assert (np.diff(values)[:4] > 0).all()
+    assert (np.diff(values)[5:] < 0).all()
+    np.testing.assert_allclose(values[[0, 4, 5, 100]], [0.4, 2.0, 2.0, 0.0], atol=1e-6)
+
+
+def test_difference_is_of_pairs():
+    ratios = np.array([1.1, 1.1, 1.2])
+    baseline = [{"validation": [5.0, x]} for x in (1.0, 20.0, 300.0)]
+    runs = [
+        {"validation": [9.0, r * run["validation"][-1]]}
+        for r, run in zip(ratios, baseline, strict=True)
+    ]
+    error = np.log(ratios).std(ddof=1) / math.sqrt(3)
+    expected = np.exp(np.log(ratios).mean() + error * np.array([0, -2, 2])) - 1
+    np.testing.assert_allclose(report.difference(runs, baseline), expected)
+    runs[1]["validation"] = [math.nan]
+    assert report.difference(runs, baseline)[0] == math.inf
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_contender_trains(name):
+    """A few steps make the quadratic smaller, and the same seed is the same run."""
+    task = quadratic()
+    contender = CONTENDERS[name]
+    train = protocol.make_train(task, contender)
+    runs = [train(contender.start / 30, 0, 60) for _ in range(2)]
+    assert runs[0].steps[-1] == 60
+    assert runs[0].validation[-1] < runs[0].validation[0]
+    assert runs[0].validation == runs[1].validation
+
+
+@pytest.mark.parametrize("name", ["davda54, delayed", "relative curvature", "Sophia"])
+def test_steps_one_by_one_are_those_of_the_loop(name):
+    task, contender = quadratic(), CONTENDERS[name]
+    looped = protocol.make_train(task._replace(loops=True), contender)
+    compiled = protocol.make_train(task, contender)
+    one_by_one, in_one = (train(contender.start, 3, 60) for train in (looped, compiled))
+    np.testing.assert_allclose(one_by_one.validation, in_one.validation, rtol=1e-4)
+
+
+def test_sophia_is_that_of_optax():
+    """The estimate is made outside of it, by the same estimator at the same counts."""
+    task, steps = quadratic(), 45
+    train = protocol.make_train(task, CONTENDERS["Sophia"])
+    tx = optax.contrib.sophia(
+        lambda t: protocol.schedule(1e-2, t, steps),
+        gamma=0.01,
+        weight_decay=WEIGHT_DECAY,
+        update_interval=10,
+    )
+    init_key, _, _ = jax.random.split(jax.random.key(0), 3)
+    params = task.init(init_key)
+
+    def loss(p):
+        return task.loss_fn(p, task.train)[0]
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params, obj_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    run = train(1e-2, 0, steps)
+    np.testing.assert_allclose(run.train[-1], loss(params), rtol=1e-4)
+
+
+SMALL = [name for name in TASKS if name not in ("diamonds", "resnet8", "cnn")]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_task_has_losses_that_gauss_newton_knows(name):
+    """The estimator's loss is the one that is trained with, of the same scale."""
+    import adahessian_jax as ah
+
+    task = TASKS[name]()
+    batch = jax.tree.map(lambda x: jnp.asarray(x[:8]), task.train)
+    params = task.init(jax.random.key(0))
+    loss, outputs = task.loss_fn(params, batch)
+    kind = task.loss["loss"]
+
+    def output_loss(f):
+        if kind == "squared_error":
+            # Up to terms that are linear in the outputs.
+            total = jnp.sum(f**2)
+            return total if task.loss.get("reduction") == "sum" else total / f.size
+        labels = batch.labels
+        return optax.softmax_cross_entropy_with_integer_labels(f, labels).mean()
+
+    ah.check_output_loss(**task.loss, output_loss=output_loss, outputs=outputs)
+    if kind != "squared_error":
+        np.testing.assert_allclose(output_loss(outputs), loss, rtol=1e-5)
