@@ -111,9 +111,11 @@ def diagnostics(
     if updates is not None:
         _check_like("updates", updates, inner)
     if isinstance(inner, ScaleByRelativeCurvatureState):
-        sizes = jax.tree.map(jnp.abs, inner.nu)
-        relative = jax.tree.map(lambda v: _ratio(v, jnp.mean(v)), sizes)
-        report |= _quantiles("relative_curvature", relative)
+
+        def relative(v: jax.Array) -> jax.Array:
+            return _ratio(v, jnp.mean(jnp.abs(v))) if is_differentiable(v) else v
+
+        report |= _quantiles("relative_curvature", jax.tree.map(relative, inner.nu))
     elif updates is not None:
         report |= _quantiles("step_size", jax.tree.map(_ratio, updates, inner.mu))
     if clip_threshold is not None:

@@ -388,5 +388,7 @@ def test_diagnostics():
             rtol=1e-6,
         )
     assert jnp.isnan(report["relative_curvature/b/0.5"])
+    mixed = {**params, "n": jnp.arange(3)}
+    assert not any("/n/" in key for key in ah.diagnostics(tx.init(mixed)))
     with pytest.raises(ValueError, match="updates must have the same tree structure"):
         ah.diagnostics(state, updates={"w": jnp.ones(4)})

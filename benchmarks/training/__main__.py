@@ -6,7 +6,6 @@ AdamW's number of steps and in AdamW's time. Writes a JSON file, a table and a p
 """
 
 import argparse
-import json
 import math
 import platform
 from pathlib import Path
@@ -87,7 +86,7 @@ def main() -> None:
             found.setdefault("equal time", []).append(run._asdict())
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.task}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.write_text(report.dumps(result), encoding="utf-8")
     path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
     report.plot(result, path.with_suffix(".png"))
     console.print(report.table(result), markup=False)

@@ -84,7 +84,9 @@ def _adahessian(**options: Any) -> Make:
     return make
 
 
-def _sophia(gamma: float) -> Make:
+def sophia(gamma: float) -> Make:
+    """Return optax's Sophia, which takes the estimate that it is handed."""
+
     def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
         del task
         handed_on = optax.GradientTransformationExtraArgs(
@@ -165,10 +167,10 @@ CONTENDERS: dict[str, Contender] = {
         line_search=True,
     ),
     "Sophia": Contender(
-        _sophia(0.01), of_optax, 1e-3, update_interval=10, hands_on_diag=True
+        sophia(0.01), of_optax, 1e-3, update_interval=10, hands_on_diag=True
     ),
     "Sophia, gamma=1": Contender(
-        _sophia(1.0), of_optax, 3e-3, update_interval=10, hands_on_diag=True
+        sophia(1.0), of_optax, 3e-3, update_interval=10, hands_on_diag=True
     ),
     "AdaHessian, paper": Contender(_paper(), hutchinson, 0.3),
     "AdaHessian, davda54": Contender(_adahessian(), hutchinson, 0.3),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table and the plot of a comparison."""
+"""The file, the table and the plot of a comparison."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ Result = dict[str, Any]
 
 def final(runs: list[dict[str, Any]], which: str = "validation") -> np.ndarray:
     """Return the last loss of each run, infinite where it diverged."""
-    last = np.array([run[which][-1] for run in runs])
+    last = np.array([run[which][-1] for run in runs], float)  # None becomes NaN
     return np.where(np.isfinite(last), last, np.inf)
 
 
@@ -36,6 +37,19 @@ def difference(runs: list[Any], baseline: list[Any]) -> tuple[float, float, floa
 def geometric_mean(losses: np.ndarray) -> float:
     """Return the geometric mean, infinite if any of them is."""
     return float(np.exp(np.log(losses).mean()))
+
+
+def dumps(result: Result) -> str:
+    """Return the result as JSON, which has no numbers that are not finite: null."""
+
+    def finite(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: finite(value) for key, value in x.items()}
+        if isinstance(x, list):
+            return [finite(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
 
 
 def table(result: Result) -> str:
