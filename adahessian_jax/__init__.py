@@ -7,6 +7,8 @@ from adahessian_jax.control_variates import ControlVariate as ControlVariate
 from adahessian_jax.control_variates import ema_control as ema_control
 from adahessian_jax.control_variates import gauss_newton_control as gauss_newton_control
 from adahessian_jax.diagnostics import diagnostics as diagnostics
+from adahessian_jax.eigenbasis import EigenbasisState as EigenbasisState
+from adahessian_jax.eigenbasis import in_eigenbasis as in_eigenbasis
 from adahessian_jax.estimators import HutchinsonState as HutchinsonState
 from adahessian_jax.estimators import hutchinson as hutchinson
 from adahessian_jax.fused import (
@@ -42,6 +44,7 @@ __all__ = [
     "ControlVariate",
     "Curvature",
     "CurvatureEstimator",
+    "EigenbasisState",
     "GaussNewtonState",
     "HessianEMA",
     "HutchinsonState",
@@ -59,6 +62,7 @@ __all__ = [
     "hessian_diag",
     "hutchinson",
     "hvp",
+    "in_eigenbasis",
     "low_rank_control",
     "microbatched",
     "normal_like",

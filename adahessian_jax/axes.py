@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done alike on each device of a ``pmap`` or ``shard_map`` axis, and what not.
 
-Every function takes the name of an axis, a tuple of names, or None for no axis.
+Functions take the name of an axis, a tuple of names, or None for no axis.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
 
     def one(x: Any) -> Any:
-        known: frozenset[Any] = getattr(jax.typeof(x), "vma", frozenset())
+        known: frozenset[Any] = getattr(_type_of(x), "vma", frozenset())
         new = tuple(name for name in names if name in manual and name not in known)
         if not new or not is_differentiable(x):
             return x
@@ -61,3 +62,17 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
         return jax.lax.pvary(x, new)  # type: ignore[attr-defined,unused-ignore]
 
     return jax.tree.map(one, tree)
+
+
+def gathered(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    """Return an array uncut by a mesh of explicit axes, and how to cut it as before."""
+    sharding: Any = getattr(_type_of(x), "sharding", None)
+    if all(axis is None for axis in getattr(sharding, "spec", ())):
+        return x, lambda y: y
+    nowhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    reshard = jax.sharding.reshard
+    return reshard(x, nowhere), lambda y: reshard(y, sharding)
+
+
+def _type_of(x: Any) -> Any:
+    return jax.typeof(x) if hasattr(jax, "typeof") else None

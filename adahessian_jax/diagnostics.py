@@ -9,6 +9,7 @@ import optax
 
 from adahessian_jax.checks import check_float, check_like, check_structure
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax.eigenbasis import find_bases, rotate
 from adahessian_jax.state import (
     CurvatureState,
     ScaleByAdaHessianState,
@@ -63,6 +64,9 @@ def diagnostics(
       - ``"clipped_share"``, with updates and a threshold: the share of their entries
         that lie at it.
 
+      With :func:`adahessian_jax.in_eigenbasis` all entries are those in the turned
+      axes.
+
     Raises:
       ValueError: if there is no such state, or a tree does not match its parameters.
       TypeError: if ``clip_threshold`` is not a number.
@@ -78,6 +82,7 @@ def diagnostics(
       (-2.0, 0.5)
     """
     inner = find_state(state)
+    bases = find_bases(inner.estimator_state, inner.nu)
     report = {
         "count": inner.count,
         "refreshes": inner.refreshes,
@@ -110,6 +115,7 @@ def diagnostics(
         )
     if updates is not None:
         _check_like("updates", updates, inner)
+        updates = jax.tree.map(rotate, updates, bases)
     if isinstance(inner, ScaleByRelativeCurvatureState):
 
         def relative(v: jax.Array) -> jax.Array:
@@ -117,7 +123,8 @@ def diagnostics(
 
         report |= _quantiles("relative_curvature", jax.tree.map(relative, inner.nu))
     elif updates is not None:
-        report |= _quantiles("step_size", jax.tree.map(_ratio, updates, inner.mu))
+        mu = jax.tree.map(rotate, inner.mu, bases)
+        report |= _quantiles("step_size", jax.tree.map(_ratio, updates, mu))
     if clip_threshold is not None:
         check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
         if updates is None:
@@ -127,7 +134,7 @@ def diagnostics(
             )
         entries = _floats(updates, inner.nu)
         size = max(sum(x.size for x in entries), 1)
-        at_bound = [jnp.abs(x) >= clip_threshold * (1 - 1e-6) for x in entries]
+        at_bound = [jnp.abs(x) >= clip_threshold * (1 - 1e-5) for x in entries]
         report["clipped_share"] = _sum(at_bound) / size
     return report
 

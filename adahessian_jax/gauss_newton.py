@@ -21,6 +21,7 @@ from adahessian_jax.hvp import Floats
 from adahessian_jax.linearized import (
     LinearizedModel,
     factor_estimate,
+    gauss_newton_factor,
     linearize,
     linearize_with_loss,
     squared,
@@ -156,6 +157,29 @@ def gauss_newton(
         )
     check_seed(seed)
     check_axis_name(axis_name)
+    factor = None
+    if method == "factor" and n_samples == 1:
+        factor = _estimator(
+            gauss_newton_factor, output_loss, n_samples, reduction, seed, axis_name
+        )
+    return _estimator(
+        _METHODS[method], output_loss, n_samples, reduction, seed, axis_name, factor
+    )
+
+
+Sample = Callable[[jax.Array, OutputLoss, LinearizedModel, jax.Array, Any], Floats]
+
+
+def _estimator(
+    sample: Sample,
+    output_loss: OutputLoss,
+    n_samples: int,
+    reduction: str,
+    seed: int | jax.Array,
+    axis_name: AxisName,
+    factor: CurvatureEstimator | None = None,
+) -> CurvatureEstimator:
+    """Return an estimator that averages samples."""
 
     def init_fn(params: optax.Params) -> GaussNewtonState:
         check_real("params", params)
@@ -200,16 +224,19 @@ def gauss_newton(
         weights = row_weights(
             model.outputs, model.weights, output_loss.event_ndim, reduction, axis_name
         )
-        samples = [
-            _METHODS[method](key, output_loss, model, weights, targets) for key in keys
-        ]
-        diag = [sum(d[1:], start=d[0]) / n_samples for d in zip(*samples, strict=True)]
+        samples = [sample(key, output_loss, model, weights, targets) for key in keys]
+        mean = [sum(d[1:], start=d[0]) / n_samples for d in zip(*samples, strict=True)]
         if axis_name is not None:
-            diag = jax.lax.psum(diag, axis_name)
-        return model.as_params(diag)
+            mean = jax.lax.psum(mean, axis_name)
+        return model.as_params(mean)
 
     return CurvatureEstimator(
-        init_fn, update_fn, value_and_grad, needs_outputs=True, axis_name=axis_name
+        init_fn,
+        update_fn,
+        value_and_grad,
+        needs_outputs=True,
+        axis_name=axis_name,
+        factor=factor,
     )
 
 

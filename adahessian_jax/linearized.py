@@ -125,11 +125,22 @@ def factor_estimate(
     weights: jax.Array,
     targets: Any,
 ) -> Floats:
-    """Square the pullback of S u, for random signs u."""
+    """Square the Gauss-Newton factor."""
+    return squared(gauss_newton_factor(key, output_loss, model, weights, targets))
+
+
+def gauss_newton_factor(
+    key: jax.Array,
+    output_loss: OutputLoss,
+    model: LinearizedModel,
+    weights: jax.Array,
+    targets: Any,
+) -> Floats:
+    """Pull S u back, for random signs u."""
     outputs = wide(model.outputs)
     signs = rademacher_like(key, outputs)
     factor = output_loss.factor(outputs, signs, targets)
-    return squared(model.pullback(factor * jnp.sqrt(weights)))
+    return [wide(g) for g in model.pullback(factor * jnp.sqrt(weights))]
 
 
 def wide(x: jax.Array) -> jax.Array:

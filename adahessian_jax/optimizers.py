@@ -28,6 +28,7 @@ def adahessian(
     reuse_estimate: bool = True,
     averaging: AveragingRule | None = None,
     relative_damping: jax.typing.ArrayLike = 0.0,
+    clip_threshold: jax.typing.ArrayLike | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -87,8 +88,11 @@ def adahessian(
       relative_damping: bounds the update where curvature is small beside that of the
         rest of the tensor, at least 0. An entry of it, before decay and learning rate,
         is at most :math:`|\hat{m}_t| / (\delta \bar{h}_t)^k`. The published optimizer
-        has 0, where the bound is :math:`|\hat{m}_t| / \varepsilon`. To bound it by a
-        number, put ``optax.clip`` after :func:`adahessian_jax.scale_by_adahessian`.
+        has 0, where the bound is :math:`|\hat{m}_t| / \varepsilon`.
+      clip_threshold: bounds each entry of the update by a number above 0, before decay
+        and learning rate, as Sophia does; None for no bound. With
+        :func:`adahessian_jax.in_eigenbasis` the entries are those in the turned axes;
+        otherwise this is ``optax.clip``.
       weight_decay: decoupled weight decay, at least 0.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
       mu_dtype: dtype in which the average of the gradient is kept; by default that of
@@ -175,6 +179,7 @@ def adahessian(
             reuse_estimate=reuse_estimate,
             averaging=averaging,
             relative_damping=relative_damping,
+            clip_threshold=clip_threshold,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),

@@ -17,7 +17,7 @@ class CurvatureEstimator(optax.GradientTransformationExtraArgs):
 
     It is an ``optax.GradientTransformationExtraArgs`` whose ``update`` returns the
     Hessian's diagonal in place of the updates; any such transformation is accepted
-    where this library takes an estimator. This one has three more attributes.
+    where this library takes an estimator. This one has four more attributes.
 
     Attributes:
       value_and_grad: ``(loss_fn, state, params, *, has_aux, **extra_args)`` to
@@ -27,11 +27,15 @@ class CurvatureEstimator(optax.GradientTransformationExtraArgs):
         loss.
       axis_name: the axis of devices over which estimates, but not gradients, are
         averaged.
+      factor: the estimator, of this kind, whose estimate's square this one's is: a
+        vector g for which the mean of its outer product with itself is the curvature,
+        off the diagonal too. None where there is none.
     """
 
     value_and_grad: Callable[..., tuple[Any, optax.Updates, optax.Updates, Any]]
     needs_outputs: bool
     axis_name: AxisName
+    factor: "CurvatureEstimator | None"
 
     def __new__(
         cls,
@@ -40,12 +44,14 @@ class CurvatureEstimator(optax.GradientTransformationExtraArgs):
         value_and_grad: Callable[..., Any],
         needs_outputs: bool = False,
         axis_name: AxisName = None,
+        factor: "CurvatureEstimator | None" = None,
     ) -> "CurvatureEstimator":
         """Make an estimator of its functions."""
         self = super().__new__(cls, init, update)
         self.value_and_grad = value_and_grad
         self.needs_outputs = needs_outputs
         self.axis_name = axis_name
+        self.factor = factor
         return self
 
 

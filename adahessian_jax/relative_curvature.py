@@ -11,6 +11,7 @@ from adahessian_jax.averaging import AveragingRule
 from adahessian_jax.checks import check_float
 from adahessian_jax.curvature_ema import CurvatureEMA
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax.eigenbasis import Bases, find_bases, rotate
 from adahessian_jax.moving_average import as_dtype, is_static
 from adahessian_jax.protocol import Curvature
 from adahessian_jax.state import ScaleByRelativeCurvatureState, nan_if_stale
@@ -123,8 +124,9 @@ def scale_by_relative_curvature(
             updates, state, params, curvature=curvature, **extra_args
         )
         unset = curvature_ema.unset(state)
+        bases = find_bases(state.estimator_state, params)
 
-        def rescale(u: Any, v: jax.Array) -> jax.Array:
+        def rescale(u: Any, v: jax.Array, q: Bases) -> jax.Array:
             if not is_differentiable(v):
                 return u
             dtype = accumulation_dtype(u, v)
@@ -136,9 +138,10 @@ def scale_by_relative_curvature(
             usable = (mean >= tiny) & (mean <= 1 / tiny) & (v != unset.astype(dtype))
             ratio = (h * (1 / mean) + c) * (1 / (1 + c))
             factor = _inverse_power(jnp.where(usable, ratio, 1), power)
-            return (u.astype(dtype) * (factor * valid)).astype(u.dtype)
+            scaled = rotate(u.astype(dtype), q) * (factor * valid)
+            return rotate(scaled, q, back=True).astype(u.dtype)
 
-        return jax.tree.map(rescale, updates, state.nu), state
+        return jax.tree.map(rescale, updates, state.nu, bases), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

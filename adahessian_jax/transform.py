@@ -11,6 +11,7 @@ from adahessian_jax.averaging import AveragingRule
 from adahessian_jax.checks import check_float, check_float_dtype
 from adahessian_jax.curvature_ema import CurvatureEMA, cast_like, zeros_like
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax.eigenbasis import Bases, find_bases, rotate
 from adahessian_jax.moving_average import as_dtype, debias, ema, is_static
 from adahessian_jax.protocol import Curvature
 from adahessian_jax.state import ScaleByAdaHessianState, nan_if_stale
@@ -29,6 +30,7 @@ def scale_by_adahessian(
     reuse_estimate: bool = True,
     averaging: AveragingRule | None = None,
     relative_damping: jax.typing.ArrayLike = 0.0,
+    clip_threshold: jax.typing.ArrayLike | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nu_dtype: jax.typing.DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -51,6 +53,8 @@ def scale_by_adahessian(
       averaging: a rule ``(path, leaf) -> leaf`` applied to the estimate.
       relative_damping: multiple of each tensor's mean curvature added to its curvature,
         at least 0.
+      clip_threshold: bound of the entries of the update, above 0, in the axes in which
+        the curvature is diagonal; None for no bound.
       mu_dtype: dtype in which ``mu`` is kept; by default that of the parameter.
       nu_dtype: dtype in which ``nu`` is kept; by default that of the parameter.
 
@@ -84,6 +88,8 @@ def scale_by_adahessian(
     check_float("eps", eps, 0.0)
     check_float("hessian_power", hessian_power, 0.0, exclusive=True)
     check_float("relative_damping", relative_damping, 0.0)
+    if clip_threshold is not None:
+        check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
     mu_dtype = check_float_dtype("mu_dtype", mu_dtype)
     curvature_ema = CurvatureEMA(
         kind=ScaleByAdaHessianState,
@@ -121,11 +127,15 @@ def scale_by_adahessian(
         scale = nu_scale ** (as_dtype(hessian_power, nu_scale.dtype) / order)
         unset = curvature_ema.unset(state)
 
-        def rescale(g: Any, p: jax.Array, m: jax.Array, v: jax.Array) -> jax.Array:
+        bases = find_bases(state.estimator_state, params)
+
+        def rescale(
+            g: Any, p: jax.Array, m: jax.Array, v: jax.Array, q: Bases
+        ) -> jax.Array:
             if not is_differentiable(p):
                 return jnp.zeros_like(p)
             dtype = accumulation_dtype(m, v)
-            m, v = m.astype(dtype), v.astype(dtype)
+            m, v = rotate(m.astype(dtype), q), v.astype(dtype)
             h = jnp.sqrt(v) if hessian_ema == "rms" else jnp.abs(v)
             if not is_static(relative_damping, 0):
                 h = h + as_dtype(relative_damping, dtype) * jnp.mean(h)
@@ -133,9 +143,13 @@ def scale_by_adahessian(
                 h = h ** as_dtype(hessian_power, dtype)
             numerator = m * (mu_scale / scale).astype(dtype)
             step = numerator / (h + (as_dtype(eps, scale.dtype) / scale).astype(dtype))
-            return jnp.where(v == unset.astype(dtype), 0, step).astype(g.dtype)
+            if clip_threshold is not None:
+                bound = as_dtype(clip_threshold, dtype)
+                step = jnp.clip(step, -bound, bound)
+            step = jnp.where(v == unset.astype(dtype), 0, step)
+            return rotate(step, q, back=True).astype(g.dtype)
 
-        updates = jax.tree.map(rescale, updates, params, mu, state.nu)
+        updates = jax.tree.map(rescale, updates, params, mu, state.nu, bases)
         return updates, state._replace(mu=cast_like(mu, before.mu))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -48,6 +48,9 @@ ESTIMATORS = {
         control_variate=ah.gauss_newton_control("squared_error", reduction="sum")
     ),
     "gauss-newton": lambda: ah.gauss_newton("squared_error", reduction="sum"),
+    "in-eigenbasis": lambda: ah.in_eigenbasis(
+        ah.gauss_newton("squared_error", reduction="sum")
+    ),
     "gauss-newton-hutchinson": lambda: ah.gauss_newton(
         "squared_error", reduction="sum", method="hutchinson"
     ),

@@ -115,6 +115,11 @@ ESTIMATORS = {
     ),
     "aux": (ah.hutchinson(), loss_and_aux, {"has_aux": True}),
     "gauss-newton": (ah.gauss_newton("softmax_cross_entropy"), loss_and_outputs, {}),
+    "in-eigenbasis": (
+        ah.in_eigenbasis(ah.gauss_newton("softmax_cross_entropy")),
+        loss_and_outputs,
+        {},
+    ),
     "gauss-newton-2": (
         ah.gauss_newton("softmax_cross_entropy", n_samples=2),
         loss_and_outputs,

@@ -57,6 +57,7 @@ def estimators(**options):
         "hutchinson": ah.hutchinson(**options),
         "normal-2": ah.hutchinson(2, probe="normal", **options),
         "gauss-newton": ah.gauss_newton(softmax, **options),
+        "in-eigenbasis": ah.in_eigenbasis(ah.gauss_newton(softmax, **options)),
         "gauss-newton-2": ah.gauss_newton(softmax, n_samples=2, **options),
         "gauss-newton-hutchinson": ah.gauss_newton(
             softmax, method="hutchinson", **options
@@ -112,7 +113,11 @@ def test_vmap_over_an_ensemble(name):
     members = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)
     states = jax.vmap(ESTIMATORS[name].init)(members)
     keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(3))
-    states = states._replace(key=keys)
+    if name == "in-eigenbasis":
+        keys = ah.GaussNewtonState(keys)
+        states = states._replace(estimator_state=keys)
+    else:
+        states = states._replace(key=keys)
     diags, _ = jax.vmap(lambda s, p: estimate(name, s, p))(states, members)
     for i in range(3):
         state, member, got = jax.tree.map(lambda x, i=i: x[i], (states, members, diags))
@@ -136,7 +141,7 @@ def test_pmap_replicas_agree_and_probes_differ(name):
     diag, new = jax.pmap(
         lambda x, y: update(estimator, state, x, y), axis_name="devices"
     )(x, y)
-    for tree in (diag, new.key):
+    for tree in (diag, new):
         first = jax.tree.map(lambda d: d[0], tree)
         for i in range(1, n):
             chex.assert_trees_all_equal(first, jax.tree.map(lambda d, i=i: d[i], tree))

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compare optimizers on a task: ``python -m benchmarks.training TASK``.
 
-Learning rates are searched with one seed, then each contender is run with others, at
-AdamW's number of steps and in AdamW's time. Writes a JSON file, a table and a plot.
+Learning rates are searched with seeds that are used for nothing else, then each
+contender is run with others, at AdamW's number of steps and in AdamW's time. Writes a
+JSON file, a table and a plot.
 """
 
 import argparse
 import math
-import platform
+import os
 from pathlib import Path
 
 import jax
@@ -34,7 +35,7 @@ def main() -> None:
     console = Console()
     task = TASKS[args.task]()
     steps = args.steps or task.steps
-    names = [
+    names = [  # AdamW is always there: all else is compared with it
         name
         for name, contender in CONTENDERS.items()
         if contender.suits(task)
@@ -46,7 +47,7 @@ def main() -> None:
         "task": args.task,
         "steps": steps,
         "seeds": args.seeds,
-        "device": f"{jax.devices()[0].device_kind}, {platform.processor()}".strip(", "),
+        "device": f"{jax.devices()[0].device_kind} of {n_cores()} cores",
         "jax": jax.__version__,
         "contenders": {},
     }
@@ -54,7 +55,7 @@ def main() -> None:
         start = CONTENDERS[name].start
 
         def score(rate: float, train: protocol.Train = trains[name]) -> float:
-            return train(rate, protocol.TUNING_SEED, steps).score
+            return protocol.tuning_loss(train, task, rate, steps)
 
         if CONTENDERS[name].line_search:
             found = {start: score(start)}
@@ -90,6 +91,13 @@ def main() -> None:
     path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
     report.plot(result, path.with_suffix(".png"))
     console.print(report.table(result), markup=False)
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from benchmarks.training.tasks import Task
 Make = Callable[[Any, Any, Task], optax.GradientTransformation]
 WEIGHT_DECAY = 1e-4
 DELAYED = {"update_interval": 10, "initial_refreshes": 50}
+IN_EIGENBASIS = {"update_interval": 10, "initial_refreshes": 10}
 
 
 class Contender(NamedTuple):
@@ -60,6 +61,11 @@ def hutchinson(task: Task, key: jax.Array) -> optax.GradientTransformation:
 def gauss_newton(task: Task, key: jax.Array) -> optax.GradientTransformation:
     """Return the quiet estimator, for the task's loss."""
     return ah.gauss_newton(**task.loss, seed=key)
+
+
+def in_eigenbasis(task: Task, key: jax.Array) -> optax.GradientTransformation:
+    """Return the quiet estimator in a basis in which the curvature is diagonal."""
+    return ah.in_eigenbasis(gauss_newton(task, key), max_dim=64)
 
 
 def gaussian(task: Task, key: jax.Array) -> optax.GradientTransformation:
@@ -181,6 +187,18 @@ CONTENDERS: dict[str, Contender] = {
         _adahessian(**ZACK_DUGUE, **DELAYED), gaussian, 0.03, **DELAYED
     ),
     "Gauss-Newton, clipped": Contender(_clipped, gauss_newton, 0.03, **DELAYED),
+    "Gauss-Newton in eigenbasis": Contender(
+        _adahessian(
+            b2=0.95,
+            hessian_ema="mean",
+            reuse_estimate=False,
+            clip_threshold=0.1,
+            **IN_EIGENBASIS,
+        ),
+        in_eigenbasis,
+        0.03,
+        **IN_EIGENBASIS,
+    ),
     "relative curvature": Contender(
         _relative(optax.scale_by_adam), gauss_newton, **DELAYED
     ),

@@ -17,8 +17,7 @@ from benchmarks.training.tasks import Task
 
 RECORDS = 20  # how often a run is evaluated
 FACTOR = 10**0.5  # between learning rates of the search
-MAX_TRAIN = 2000  # training examples that the training loss is of
-TUNING_SEED = 1000
+TUNING_SEED = 1000  # and those that follow
 
 
 class Run(NamedTuple):
@@ -184,12 +183,19 @@ def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
 
     def some(tree: Any) -> Any:
         n = len(jax.tree.leaves(tree)[0])
-        rows = np.linspace(0, n - 1, min(n, MAX_TRAIN)).astype(int)
+        rows = np.linspace(0, n - 1, min(n, task.evaluated)).astype(int)
         return jax.device_put(jax.tree.map(lambda x: np.asarray(x)[rows], tree))
 
     sets = some(task.train), some(task.validation)
     loss = jax.jit(lambda params, batch: task.loss_fn(params, batch)[0])
     return lambda params: tuple(float(loss(params, batch)) for batch in sets)
+
+
+def tuning_loss(train: Train, task: Task, peak: float, steps: int) -> float:
+    """Return the geometric mean of the scores of a learning rate."""
+    seeds = range(TUNING_SEED, TUNING_SEED + task.tuning_seeds)
+    scores = [train(peak, seed, steps).score for seed in seeds]
+    return math.exp(sum(map(math.log, scores)) / len(scores))
 
 
 def search(

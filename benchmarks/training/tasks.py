@@ -39,6 +39,9 @@ class Task(NamedTuple):
       steps: how many updates a run has.
       loops: whether steps are taken one by one from Python, with the refresh chosen
         there, because XLA's CPU compiler slows convolutions down inside a loop.
+      tuning_seeds: how many runs a learning rate is judged by; several where they are
+        short.
+      evaluated: how many examples, at most, training and validation losses are of.
     """
 
     init: Callable[[jax.Array], Params]
@@ -49,6 +52,8 @@ class Task(NamedTuple):
     batch_size: int | None
     steps: int
     loops: bool = False
+    tuning_seeds: int = 1
+    evaluated: int = 500
 
 
 def images(n_validation: int = 2000) -> tuple[Examples, Examples, int]:
@@ -101,6 +106,7 @@ def autoencoder(batch_size: int = 128) -> Task:
         validation=validation,
         batch_size=batch_size,
         steps=1000,
+        evaluated=2000,
     )
 
 
@@ -125,6 +131,8 @@ def diamonds(batch_size: int = 256) -> Task:
         validation=validation,
         batch_size=batch_size,
         steps=1000,
+        tuning_seeds=3,
+        evaluated=10_000,
     )
 
 
@@ -174,18 +182,19 @@ def logistic() -> Task:
         validation=validation,
         batch_size=None,
         steps=300,
+        evaluated=4000,
     )
 
 
 def quadratic() -> Task:
-    """Return an ill-conditioned sum of squares in turned axes, of which 0 is least."""
+    """Return an ill-conditioned sum of squares in turned axes, 0 where all are 1."""
     rng = np.random.default_rng(0)
     n = 100
     turn, _ = np.linalg.qr(np.eye(n) + 0.1 * rng.normal(size=(n, n)) / np.sqrt(n))
     rows = jnp.asarray(np.logspace(-2, 1, n)[:, None] * turn, jnp.float32)
 
     def loss_fn(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-        outputs = jnp.dot(rows, params)
+        outputs = jnp.dot(rows, params - 1)  # not at 0, where decay leads
         return jnp.sum(outputs**2), outputs
 
     return Task(
@@ -325,6 +334,8 @@ def _physics_informed(
         validation=(points[500:],),
         batch_size=None,
         steps=2000,
+        tuning_seeds=3,
+        evaluated=1000,
     )
 
 

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A basis for each tensor in which its curvature is nearly diagonal."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adahessian_jax.axes import gathered
+from adahessian_jax.checks import check_float, check_int
+from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax.moving_average import ema
+from adahessian_jax.protocol import CurvatureEstimator, as_estimator
+
+Bases = tuple[jax.Array | None, ...]
+_PRECISION = jax.lax.Precision.HIGHEST  # bases have to stay orthogonal
+
+
+class EigenbasisState(NamedTuple):
+    """State of an estimator in an eigenbasis.
+
+    Attributes:
+      estimator_state: that of the estimator inside.
+      partial_traces: for each parameter a tuple with an entry for each of its axes: the
+        moving average of the partial trace of its curvature over all other axes, shape
+        (size, size), or None for an axis that is not rotated.
+      bases: the same of orthogonal matrices; their columns are the basis vectors.
+    """
+
+    estimator_state: optax.OptState
+    partial_traces: Any
+    bases: Any
+
+
+def in_eigenbasis(
+    estimator: CurvatureEstimator,
+    *,
+    decay: jax.typing.ArrayLike = 0.98,
+    max_dim: int = 128,
+) -> CurvatureEstimator:
+    r"""Estimate the diagonal in a basis in which the curvature is nearly diagonal.
+
+    A diagonal says nothing of how parameters interact. This estimator turns the axes of
+    each tensor so that they interact less, and estimates the diagonal there; the
+    optimizers of this library take their step in the turned axes and turn it back. For
+    a matrix :math:`W` with Gauss-Newton matrix :math:`G_{(ij),(kl)}`, the axes are
+    those of the eigenvectors of its partial traces
+
+    .. math::
+      L_{ik} = \sum_j G_{(ij),(kj)} = \mathrm{E}\, (g g^\top)_{ik}, \qquad
+      R_{jl} = \sum_i G_{(ij),(il)} = \mathrm{E}\, (g^\top g)_{jl},
+
+    where :math:`g` is the Gauss-Newton factor as a matrix, whose square is the estimate
+    of :func:`adahessian_jax.gauss_newton`. With the eigenvectors :math:`Q_L, Q_R` as
+    columns, the estimate is the square of :math:`Q_L^\top g\, Q_R`: the exact diagonal
+    in that basis, in the mean, whether or not G is a Kronecker product. A tensor of any
+    order has a partial trace and a basis for each of its axes; that of a vector is the
+    whole of its block of G.
+
+    Partial traces are moving averages over estimates, and each estimate moves the bases
+    by one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. Per axis
+    of size n that takes two matrices of n × n and, on an estimate, a QR decomposition;
+    each update multiplies the tensor by every basis twice. Use an ``update_interval``
+    of 10 or so.
+
+    Args:
+      estimator: :func:`adahessian_jax.gauss_newton` with the method ``"factor"`` and
+        one sample.
+      decay: decay rate of the moving averages of partial traces, in [0, 1).
+      max_dim: axes longer than this, at least 2, are left as they are: a basis for an
+        axis of size n costs as much as 2/3 n rows of the batch in a dense layer.
+
+    Returns:
+      A transformation for :func:`adahessian_jax.adahessian`,
+      :func:`adahessian_jax.scale_by_adahessian` and
+      :func:`adahessian_jax.scale_by_relative_curvature`. Its ``update`` takes what
+      that of ``estimator`` takes and returns the diagonal in the bases of the new
+      state, an :class:`EigenbasisState`, in the structure, shapes and dtypes of
+      ``params``. Other optimizers, such as ``optax.contrib.sophia``, would take it for
+      the diagonal in the parameters' own axes: do not give it to them.
+
+    Raises:
+      ValueError: if ``decay`` or ``max_dim`` is out of range, or the estimator has no
+        single factor.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> x = jax.random.normal(jax.random.key(0), (8, 3)) @ jnp.array(
+      ...   [[9.0, 9.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 3.0]])
+      >>> tx = ah.adahessian(1.0, b1=0.0, b2=0.95, hessian_ema="mean",
+      ...   estimator=ah.in_eigenbasis(ah.gauss_newton("squared_error")))
+      >>> w = jnp.ones((3, 1))
+      >>> state = tx.init(w)
+      >>> for _ in range(50):
+      ...   loss, grads = jax.value_and_grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+      ...   updates, state = tx.update(grads, state, w, predict_fn=lambda w: x @ w)
+      ...   w = w + updates
+      >>> bool(loss < 1e-9)
+      True
+
+    References:
+      George et al., `Fast Approximate Natural Gradient Descent in a Kronecker-factored
+      Eigenbasis <https://arxiv.org/abs/1806.03884>`_, 2018, for the diagonal in an
+      eigenbasis, there that of the factors of K-FAC
+
+      Gupta, Koren and Singer, `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018, and
+      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, for bases of every
+      axis and their orthogonal iteration, there from gradients
+    """
+    check_float("decay", decay, 0.0, 1.0)
+    check_int("max_dim", max_dim, 2)
+    as_estimator(estimator)
+    inner = getattr(estimator, "factor", None)
+    if inner is None:
+        raise ValueError(
+            "estimator must be gauss_newton(loss) with method='factor' and n_samples=1:"
+            " the bases come from the signs of its factor. microbatched goes around"
+            f" in_eigenbasis, not inside. Got {estimator!r}."
+        )
+
+    def init_fn(params: optax.Params) -> EigenbasisState:
+        def identities(leaf: Any) -> Bases:
+            if not is_differentiable(leaf):
+                return ()
+            dtype = accumulation_dtype(leaf)
+            return tuple(
+                jnp.eye(n, dtype=dtype) if 1 < n <= max_dim else None
+                for n in jnp.shape(leaf)
+            )
+
+        bases = jax.tree.map(identities, params)
+        return EigenbasisState(
+            estimator_state=inner.init(params),
+            partial_traces=jax.tree.map(jnp.zeros_like, bases),
+            bases=bases,
+        )
+
+    def diag_in_bases(
+        factor: optax.Updates, state: EigenbasisState, inner_state: Any
+    ) -> tuple[optax.Updates, EigenbasisState]:
+        def turned(g: Any, bases: Bases, traces: Bases) -> Bases:
+            return tuple(map(_turned, bases, traces))
+
+        def squared(g: Any, bases: Bases) -> Any:
+            if not is_differentiable(g):
+                return g
+            return jnp.square(rotate(g, bases)).astype(g.dtype)
+
+        def moved(g: Any, traces: Bases) -> Bases:
+            return _moved(traces, g, decay)
+
+        # Bases of earlier factors only: in those fitted to this one, its square would
+        # be too large along the first vectors and too small along the others.
+        bases = jax.tree.map(turned, factor, state.bases, state.partial_traces)
+        diag = jax.tree.map(squared, factor, bases)
+        traces = jax.tree.map(moved, factor, state.partial_traces)
+        return diag, EigenbasisState(inner_state, traces, bases)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: EigenbasisState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, EigenbasisState]:
+        factor, inner_state = inner.update(
+            updates, state.estimator_state, params, **extra_args
+        )
+        return diag_in_bases(factor, state, inner_state)
+
+    def value_and_grad(
+        fun: Callable[[optax.Params], Any],
+        state: EigenbasisState,
+        params: optax.Params,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.Updates, optax.Updates, EigenbasisState]:
+        value, grads, factor, inner_state = inner.value_and_grad(
+            fun, state.estimator_state, params, **extra_args
+        )
+        return value, grads, *diag_in_bases(factor, state, inner_state)
+
+    return CurvatureEstimator(
+        init_fn,
+        update_fn,
+        value_and_grad,
+        needs_outputs=inner.needs_outputs,
+        axis_name=inner.axis_name,
+    )
+
+
+def find_bases(estimator_state: Any, params: optax.Params) -> Any:
+    """Return the bases of each parameter, none where the estimator has none."""
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, EigenbasisState)
+
+    for x in jax.tree.leaves(estimator_state, is_leaf=is_ours):
+        if is_ours(x):
+            return x.bases
+    return jax.tree.map(lambda p: (), params)
+
+
+def rotate(x: jax.Array, bases: Bases, *, back: bool = False) -> jax.Array:
+    """Return the coordinates of a tensor in its bases, or the tensor of coordinates."""
+    if all(q is None for q in bases):
+        return x
+    x, cut = gathered(x)
+    for axis, q in enumerate(bases):
+        if q is not None:
+            y = jnp.tensordot(
+                x.astype(q.dtype), q, (axis, int(back)), precision=_PRECISION
+            )
+            x = jnp.moveaxis(y, -1, axis)
+    return cut(x)
+
+
+def _turned(basis: jax.Array | None, trace: jax.Array | None) -> jax.Array | None:
+    """Turn a basis towards the eigenvectors, by one step of orthogonal iteration."""
+    if basis is None or trace is None:
+        return None
+    total = jnp.trace(trace)
+    relative = trace / jnp.where(total > 0, total, 1)
+    product = jnp.dot(relative, basis, precision=_PRECISION)
+    # The second term keeps vectors without curvature where they are, well above the
+    # rounding errors of the first.
+    q, r = jnp.linalg.qr(product + jnp.finfo(trace.dtype).eps ** 0.5 * basis)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1)
+
+
+def _moved(traces: Bases, factor: jax.Array, decay: Any) -> Bases:
+    """Move averages of partial traces towards a factor's, if that is finite."""
+    factor, _ = gathered(factor) if traces else (factor, None)
+
+    def one(axis: int, trace: jax.Array | None) -> jax.Array | None:
+        if trace is None:
+            return None
+        g = factor.astype(trace.dtype)
+        others = [a for a in range(g.ndim) if a != axis]
+        product = jnp.tensordot(g, g, (others, others), precision=_PRECISION)
+        moved = ema(decay, product, trace)
+        return jnp.where(jnp.all(jnp.isfinite(product)), moved, trace)
+
+    return tuple(one(axis, trace) for axis, trace in enumerate(traces))
