@@ -226,7 +226,8 @@ def _turned(basis: jax.Array | None, trace: jax.Array | None) -> jax.Array | Non
     product = jnp.dot(relative, basis, precision=_PRECISION)
     # The second term keeps vectors without curvature where they are, well above the
     # rounding errors of the first.
-    q, r = jnp.linalg.qr(product + jnp.finfo(trace.dtype).eps ** 0.5 * basis)
+    kept = float(jnp.finfo(trace.dtype).eps) ** 0.5
+    q, r = jnp.linalg.qr(product + kept * basis)
     return q * jnp.where(jnp.diagonal(r) < 0, -1, 1)
 
 

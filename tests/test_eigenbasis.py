@@ -79,7 +79,7 @@ def many(estimator, state, n=8000):
             None, state._replace(estimator_state=inner), PARAMS, predict_fn=predict
         )
 
-    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(n))
+    keys = jax.random.split(jax.random.PRNGKey(1), n)
     return jax.jit(jax.vmap(one))(keys)
 
 
@@ -128,8 +128,9 @@ def test_the_average_of_partial_traces_decays():
     factor = ah.gauss_newton(SOFTMAX).factor
     state, plain = estimator.init(PARAMS), factor.init(PARAMS)
     expected = np.zeros((3, 3))
+    update = jax.jit(lambda s: estimator.update(None, s, PARAMS, predict_fn=predict))
     for _ in range(3):
-        _, state = estimator.update(None, state, PARAMS, predict_fn=predict)
+        _, state = update(state)
         g, plain = factor.update(None, plain, PARAMS, predict_fn=predict)
         expected = 0.75 * expected + 0.25 * np.outer(g["b"], g["b"])
     np.testing.assert_allclose(state.partial_traces["b"][0], expected, rtol=1e-12)
@@ -260,9 +261,12 @@ def test_steps_are_taken_in_the_bases(clip):
         clip_threshold=None if clip == 1e9 else clip,
     )
     state, mu = tx.init(w), np.zeros((3, 2))
+    update = jax.jit(
+        lambda g, s, w: tx.update(g, s, w, predict_fn=lambda w: jnp.dot(x, w))
+    )
     for _ in range(6):
         grads = jax.grad(lambda w: jnp.mean((x @ w - y) ** 2))(w)
-        updates, state = tx.update(grads, state, w, predict_fn=lambda w: x @ w)
+        updates, state = update(grads, state, w)
         mu, expected = step_by_hand(
             state[0], mu, grads, None, lr=0.1, b1=0.8, b2=0.9, clip=clip
         )
@@ -376,9 +380,10 @@ def test_bases_rest_between_estimates():
     )
     state = tx.init(PARAMS)
     grads = jax.grad(loss_fn)(PARAMS)
+    update = jax.jit(lambda s: tx.update(grads, s, PARAMS, predict_fn=predict))
     seen = []
     for _ in range(6):
-        _, state = tx.update(grads, state, PARAMS, predict_fn=predict)
+        _, state = update(state)
         seen.append(state.estimator_state.partial_traces["b"][0])
     assert [bool(jnp.all(a == b)) for a, b in itertools.pairwise(seen)] == [
         True,
@@ -445,7 +450,7 @@ def test_devices_share_bases_and_the_factor_is_that_of_the_whole_batch():
             axis_name="devices",
         )(X.reshape(n, -1, 4))
 
-    keys = jax.vmap(jax.random.PRNGKey)(jnp.arange(8000))
+    keys = jax.random.split(jax.random.PRNGKey(1), 8000)
     diags, states = jax.jit(jax.vmap(on_devices))(keys)
     for leaf in jax.tree.leaves((diags, states.partial_traces)):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:, :1], leaf.shape))
@@ -466,12 +471,16 @@ def test_inside_partition_and_microbatched():
     def predict_part(params, x):
         return predict({**PARAMS, "w": params["w"]}, x)
 
-    params, first = PARAMS, float(loss_fn(PARAMS))
-    for _ in range(20):
+    @jax.jit
+    def step(params, state):
         updates, state = tx.update(
             jax.grad(loss_fn)(params), state, params, predict_fn=predict_part, batch=X
         )
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    params, first = PARAMS, float(loss_fn(PARAMS))
+    for _ in range(20):
+        params, state = step(params, state)
     assert float(loss_fn(params)) < first
     inner = state.inner_states["curved"].inner_state[0].estimator_state
     assert [q.shape for q in inner.bases["w"]] == [(4, 4), (2, 2), (3, 3)]

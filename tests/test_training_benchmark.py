@@ -15,7 +15,7 @@ pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 
 from benchmarks.training import protocol, report
-from benchmarks.training.contenders import CONTENDERS, WEIGHT_DECAY, sophia
+from benchmarks.training.contenders import CONTENDERS, VARIANTS, WEIGHT_DECAY, sophia
 from benchmarks.training.tasks import TASKS, quadratic
 
 pytestmark = pytest.mark.skipif(
@@ -95,11 +95,24 @@ def test_committed_table_is_that_of_the_committed_result(path):
     assert report.table(result) == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", CONTENDERS)
+def test_tables_of_the_docs_are_those_of_the_committed_results():
+    page = RESULTS.parents[2] / "docs" / "training.md"
+    text = page.read_text(encoding="utf-8")
+    order = ["cnn", "transformer", "autoencoder", "poisson", "burgers", "diamonds"]
+    results = {
+        task: json.loads((RESULTS / f"{task}.json").read_text(encoding="utf-8"))
+        for task in order
+    }
+    assert report.of_one(results, "Gauss-Newton in eigenbasis") in text
+    assert report.across_tasks(results) in text
+    assert report.rates(results) in text
+
+
+@pytest.mark.parametrize("name", CONTENDERS | VARIANTS)
 def test_contender_trains(name):
     """A few steps make the quadratic smaller, and the same seed is the same run."""
     task = quadratic()
-    contender = CONTENDERS[name]
+    contender = (CONTENDERS | VARIANTS)[name]
     train = protocol.make_train(task, contender)
     runs = [train(contender.start / 30, 0, 60) for _ in range(2)]
     assert runs[0].steps[-1] == 60

@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.training import protocol, report
-from benchmarks.training.contenders import CONTENDERS
+from benchmarks.training.contenders import CONTENDERS, VARIANTS
 from benchmarks.training.tasks import TASKS
+
+ALL = CONTENDERS | VARIANTS
 
 
 def main() -> None:
@@ -26,7 +28,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=ALL,
+        metavar="NAME",
+        help="contenders, beside AdamW: " + ", ".join(map(repr, ALL)),
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of AdamW; by default the task's own")
     out = Path(__file__).parent.parent / "results" / "training"
@@ -37,27 +45,27 @@ def main() -> None:
     steps = args.steps or task.steps
     names = [  # AdamW is always there: all else is compared with it
         name
-        for name, contender in CONTENDERS.items()
+        for name, contender in ALL.items()
         if contender.suits(task)
         and (name in (args.only or CONTENDERS) or name == "AdamW")
     ]
     seeds = range(args.seeds)
-    trains = {name: protocol.make_train(task, CONTENDERS[name]) for name in names}
+    trains = {name: protocol.make_train(task, ALL[name]) for name in names}
     result = {
         "task": args.task,
         "steps": steps,
         "seeds": args.seeds,
-        "device": f"{jax.devices()[0].device_kind} of {n_cores()} cores",
+        "device": f"{jax.devices()[0].device_kind}, {n_cores()} core(s)",
         "jax": jax.__version__,
         "contenders": {},
     }
     for name in track(names, "searching learning rates", console=console):
-        start = CONTENDERS[name].start
+        start = ALL[name].start
 
         def score(rate: float, train: protocol.Train = trains[name]) -> float:
             return protocol.tuning_loss(train, task, rate, steps)
 
-        if CONTENDERS[name].line_search:
+        if ALL[name].line_search:
             found = {start: score(start)}
         else:
             found = protocol.search(score, start)

@@ -17,7 +17,6 @@ from benchmarks.training.tasks import Task
 Make = Callable[[Any, Any, Task], optax.GradientTransformation]
 WEIGHT_DECAY = 1e-4
 DELAYED = {"update_interval": 10, "initial_refreshes": 50}
-IN_EIGENBASIS = {"update_interval": 10, "initial_refreshes": 10}
 
 
 class Contender(NamedTuple):
@@ -155,6 +154,16 @@ def _plain(make: Callable[..., Any]) -> Make:
 
 ZACK_DUGUE = {"hessian_ema": "mean", "hessian_power": 0.5}
 
+# Gauss-Newton in its eigenbasis.
+SCHEDULE = {"update_interval": 10, "initial_refreshes": 10}
+CURVED = {
+    "b2": 0.95,
+    "hessian_ema": "mean",
+    "reuse_estimate": False,
+    "clip_threshold": 0.1,
+    **SCHEDULE,
+}
+
 CONTENDERS: dict[str, Contender] = {
     "SGD": Contender(
         _plain(
@@ -188,16 +197,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "Gauss-Newton, clipped": Contender(_clipped, gauss_newton, 0.03, **DELAYED),
     "Gauss-Newton in eigenbasis": Contender(
-        _adahessian(
-            b2=0.95,
-            hessian_ema="mean",
-            reuse_estimate=False,
-            clip_threshold=0.1,
-            **IN_EIGENBASIS,
-        ),
-        in_eigenbasis,
-        0.03,
-        **IN_EIGENBASIS,
+        _adahessian(**CURVED), in_eigenbasis, 0.03, **SCHEDULE
     ),
     "relative curvature": Contender(
         _relative(optax.scale_by_adam), gauss_newton, **DELAYED
@@ -205,4 +205,52 @@ CONTENDERS: dict[str, Contender] = {
     "relative curvature, k=0.5": Contender(
         _relative(optax.scale_by_adam, power=0.5), gauss_newton, **DELAYED
     ),
+}
+
+
+def _clipped_in_own_axes(learning_rate: Any, estimator: Any, task: Task) -> Any:
+    del task
+    options = {**CURVED, "clip_threshold": None}
+    return optax.chain(
+        ah.scale_by_adahessian(estimator=estimator, **options),
+        optax.clip(0.1),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _per_tensor(path: Any, leaf: jax.Array) -> jax.Array:
+    del path
+    return leaf.mean(keepdims=True)
+
+
+def _per_output(path: Any, leaf: jax.Array) -> jax.Array:
+    del path
+    return leaf.mean(axis=tuple(range(leaf.ndim - 1)), keepdims=True)
+
+
+def _variant(estimator: Any = in_eigenbasis, **options: Any) -> Contender:
+    make = _adahessian(**{**CURVED, **options})
+    return Contender(make, estimator, 0.03, **SCHEDULE)
+
+
+# What was tried on the way to the last recommendation; only run if it is asked for.
+VARIANTS: dict[str, Contender] = {
+    "eigenbasis, clip 0.03": _variant(clip_threshold=0.03),
+    "eigenbasis, clip 0.3": _variant(clip_threshold=0.3),
+    "eigenbasis, clipped in own axes": Contender(
+        _clipped_in_own_axes, in_eigenbasis, 0.03, **SCHEDULE
+    ),
+    "eigenbasis, damped": _variant(clip_threshold=None, relative_damping=0.1),
+    "eigenbasis, b1=0.95": _variant(b1=0.95),
+    "eigenbasis, b2=0.8": _variant(b2=0.8),
+    "own axes": _variant(gauss_newton),
+    "own axes, damped": _variant(
+        gauss_newton, clip_threshold=None, relative_damping=0.1
+    ),
+    "own axes, power 0.5": _variant(
+        gauss_newton, clip_threshold=None, hessian_power=0.5
+    ),
+    "one curvature per tensor": _variant(gauss_newton, averaging=_per_tensor),
+    "one curvature per output": _variant(gauss_newton, averaging=_per_output),
 }

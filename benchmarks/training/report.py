@@ -113,6 +113,67 @@ def table(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def across_tasks(results: dict[str, Result]) -> str:
+    """Lay out the differences to AdamW at equal time of each contender on each task."""
+    names = dict.fromkeys(n for r in results.values() for n in r["contenders"])
+    lines = [
+        "| | " + " | ".join(results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
+    for name in names:
+        if name == "AdamW":
+            continue
+        cells = [name]
+        for result in results.values():
+            found = result["contenders"]
+            cell = "not run"
+            if name in found:
+                runs = found[name]["equal time"], found["AdamW"]["equal time"]
+                change = difference(*runs)
+                mean, low, high = (f"{100 * x:+.3g}" for x in change)
+                cell = f"{mean} ({low} to {high})"
+                if not math.isfinite(change[0]):
+                    cell = "diverged"
+            cells.append(cell)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def rates(results: dict[str, Result]) -> str:
+    """Lay out the learning rates that were chosen for each contender on each task."""
+    names = dict.fromkeys(n for r in results.values() for n in r["contenders"])
+    lines = [
+        "| | " + " | ".join(results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
+    for name in names:
+        entries = [r["contenders"].get(name) for r in results.values()]
+        cells = [f"{e['rate']:.2g}" if e else "not run" for e in entries]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def of_one(results: dict[str, Result], name: str) -> str:
+    """Lay out what one contender does on each task."""
+    lines = [
+        "| | rate | cost of a step | to AdamW, equal steps, % | equal time, % |"
+        " time to AdamW's loss | good rates | AdamW's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task, result in results.items():
+        entry, adamw = result["contenders"][name], result["contenders"]["AdamW"]
+        cells = [task, f"{entry['rate']:.2g}", f"{entry['cost']:.2f}"]
+        for setting in ("equal steps", "equal time"):
+            change = difference(entry[setting], adamw[setting])
+            mean, low, high = (f"{100 * x:+.3g}" for x in change)
+            cells.append(f"{mean} ({low} to {high})")
+        time = cost_to_reach(entry, adamw, result["steps"])
+        cells.append(f"{time:.2g}" if math.isfinite(time) else "never")
+        cells += [f"{entry['width']:.1f}", f"{adamw['width']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(result: Result, path: Path) -> None:
     """Draw the final losses of each contender at equal time, and the searches."""
     found = result["contenders"]
