@@ -227,8 +227,7 @@ def _turned(basis: jax.Array | None, trace: jax.Array | None) -> jax.Array | Non
     # The second term keeps vectors without curvature where they are, well above the
     # rounding errors of the first.
     kept = float(jnp.finfo(trace.dtype).eps) ** 0.5
-    q, r = jnp.linalg.qr(product + kept * basis)
-    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1)
+    return jnp.linalg.qr(product + kept * basis)[0]
 
 
 def _moved(traces: Bases, factor: jax.Array, decay: Any) -> Bases:

@@ -88,7 +88,9 @@ def test_files_have_null_for_what_is_not_finite():
 RESULTS = pathlib.Path(protocol.__file__).parent.parent / "results" / "training"
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.rglob("*.json")), ids=lambda p: f"{p.parent.stem}-{p.stem}"
+)
 def test_committed_table_is_that_of_the_committed_result(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     assert report.dumps(result) == path.read_text(encoding="utf-8")

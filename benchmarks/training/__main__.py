@@ -37,11 +37,16 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of AdamW; by default the task's own")
+    parser.add_argument("--batch-size", type=int, help="by default the task's own")
     out = Path(__file__).parent.parent / "results" / "training"
     parser.add_argument("--out", type=Path, default=out, help="a directory")
     args = parser.parse_args()
     console = Console()
     task = TASKS[args.task]()
+    if args.batch_size is not None:
+        if task.batch_size is None:
+            parser.error(f"argument --batch-size: {args.task} has one batch of all")
+        task = task._replace(batch_size=args.batch_size)
     steps = args.steps or task.steps
     names = [  # AdamW is always there: all else is compared with it
         name
@@ -55,6 +60,7 @@ def main() -> None:
         "task": args.task,
         "steps": steps,
         "seeds": args.seeds,
+        "batch_size": task.batch_size,
         "device": f"{jax.devices()[0].device_kind}, {n_cores()} core(s)",
         "jax": jax.__version__,
         "contenders": {},
