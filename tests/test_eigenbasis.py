@@ -127,6 +127,21 @@ def test_partial_traces_are_those_of_the_matrix():
     check_mean(after.partial_traces["b"][0], exact_block("b"))
 
 
+def test_the_axes_of_a_square_matrix_are_told_apart():
+    params = jnp.asarray(RNG.normal(size=(4, 4)))
+    estimator = ah.gauss_newton("squared_error")
+    g, _ = estimator.factor.update(
+        None, estimator.init(params), params, predict_fn=lambda p: jnp.dot(X, p)
+    )
+    turned = ah.in_eigenbasis(estimator, decay=0.0)
+    _, state = turned.update(
+        None, turned.init(params), params, predict_fn=lambda p: jnp.dot(X, p)
+    )
+    left, right = state.partial_traces
+    np.testing.assert_allclose(left, g @ g.T, rtol=1e-9)
+    np.testing.assert_allclose(right, g.T @ g, rtol=1e-9)
+
+
 def test_the_average_of_partial_traces_decays():
     estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), decay=0.75)
     factor = ah.gauss_newton(SOFTMAX).factor
@@ -242,6 +257,7 @@ def test_half_precision_keeps_bases_in_single():
 def test_which_axes_have_a_basis():
     params = {
         "long": jnp.ones((9, 3)),
+        "just": jnp.ones(8),
         "one": jnp.ones((1, 3)),
         "integers": jnp.ones(3, jnp.int32),
         "empty": jnp.ones((0, 3)),
@@ -251,6 +267,7 @@ def test_which_axes_have_a_basis():
     shapes = jax.tree.map(jnp.shape, state.bases)
     assert shapes == {
         "long": (None, (3, 3)),
+        "just": ((8, 8),),
         "one": (None, (3, 3)),
         "integers": (),
         "empty": (None, (3, 3)),
