@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is done alike on each device of a ``pmap`` or ``shard_map`` axis, and what not.
 
-Functions take the name of an axis, a tuple of names, or None for no axis.
+An ``axis_name`` is the name of an axis, a tuple of names, or None for no axis.
 """
 
 from collections.abc import Callable

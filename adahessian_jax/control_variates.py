@@ -16,7 +16,7 @@ from adahessian_jax.checks import (
     scalar_function,
 )
 from adahessian_jax.dtypes import is_differentiable
-from adahessian_jax.linearized import factor_estimate, linearize
+from adahessian_jax.linearized import gauss_newton_factor, linearize, squared
 from adahessian_jax.moving_average import HessianEMA, debias
 from adahessian_jax.output_losses import as_output_loss, row_weights
 
@@ -210,7 +210,8 @@ def gauss_newton_control(
         weights = row_weights(
             model.outputs, model.weights, curvature.event_ndim, reduction, axis_name
         )
-        gauss_newton = factor_estimate(key, curvature, model, weights, targets)
+        factor = gauss_newton_factor(key, curvature, model, weights, targets)
+        gauss_newton = squared(factor)
         # The estimator averages over the axis, and these are parts of a sum.
         n_devices = axis_size(axis_name)
         gauss_newton = [n_devices * d for d in gauss_newton]

@@ -134,7 +134,8 @@ def diagnostics(
             )
         entries = _floats(updates, inner.nu)
         size = max(sum(x.size for x in entries), 1)
-        at_bound = [jnp.abs(x) >= clip_threshold * (1 - 1e-5) for x in entries]
+        rounding = 1e-5 if jax.tree.leaves(bases) else 1e-6  # of turning them back
+        at_bound = [jnp.abs(x) >= clip_threshold * (1 - rounding) for x in entries]
         report["clipped_share"] = _sum(at_bound) / size
     return report
 

@@ -231,7 +231,9 @@ def _turned(basis: jax.Array | None, trace: jax.Array | None) -> jax.Array | Non
 
 def _moved(traces: Bases, factor: jax.Array, decay: Any) -> Bases:
     """Move averages of partial traces towards a factor's, if that is finite."""
-    factor, _ = gathered(factor) if traces else (factor, None)
+    if all(trace is None for trace in traces):
+        return traces
+    factor, _ = gathered(factor)
 
     def one(axis: int, trace: jax.Array | None) -> jax.Array | None:
         if trace is None:

@@ -20,7 +20,6 @@ from adahessian_jax.checks import (
 from adahessian_jax.hvp import Floats
 from adahessian_jax.linearized import (
     LinearizedModel,
-    factor_estimate,
     gauss_newton_factor,
     linearize,
     linearize_with_loss,
@@ -268,7 +267,7 @@ def _hutchinson_estimate(
 
 
 _METHODS = {
-    "factor": factor_estimate,
+    "factor": lambda *args: squared(gauss_newton_factor(*args)),
     "hutchinson": _hutchinson_estimate,
     "sampled-labels": _sampled_labels_estimate,
 }

@@ -118,17 +118,6 @@ def _linearize(
     return model, (loss, aux) if has_aux else loss, gradient
 
 
-def factor_estimate(
-    key: jax.Array,
-    output_loss: OutputLoss,
-    model: LinearizedModel,
-    weights: jax.Array,
-    targets: Any,
-) -> Floats:
-    """Square the Gauss-Newton factor."""
-    return squared(gauss_newton_factor(key, output_loss, model, weights, targets))
-
-
 def gauss_newton_factor(
     key: jax.Array,
     output_loss: OutputLoss,

@@ -106,8 +106,47 @@ def test_tables_of_the_docs_are_those_of_the_committed_results():
         for task in order
     }
     assert report.of_one(results, "Gauss-Newton in eigenbasis") in text
-    assert report.across_tasks(results) in text
-    assert report.rates(results) in text
+    assert report.across_tasks(results, report.at_equal_time) in text
+    assert report.across_tasks(results, report.rate) in text
+    variants = (RESULTS / "variants/autoencoder.json").read_text(encoding="utf-8")
+    table = report.beside(json.loads(variants), "Gauss-Newton in eigenbasis")
+    assert table in text
+
+
+def test_cost_to_reach():
+    """Curves 2 ** -(steps / 10), of steps that cost 1.5 times AdamW's."""
+
+    def runs(steps, seeds=(1.0, 3.0)):
+        losses = [2.0 ** -(s / 10) for s in steps]
+        return [{"steps": steps, "validation": [c * x for x in losses]} for c in seeds]
+
+    adamw = {"equal steps": runs([20, 45]), "equal time": runs([20, 45])}
+    slow = {
+        "equal steps": runs([20, 40, 60]),
+        "equal time": runs([10, 30]),
+        "cost": 1.5,
+    }
+    share = report.cost_to_reach(slow, adamw, 100)
+    np.testing.assert_allclose(share, 1.5 * 45 / 100, rtol=1e-12)
+    early = {**slow, "equal time": runs([30, 50], seeds=(0.1, 0.3))}
+    np.testing.assert_allclose(report.cost_to_reach(early, adamw, 100), 0.45)
+    never = {**slow, "equal steps": runs([20, 44])}
+    assert report.cost_to_reach(never, adamw, 100) == math.inf
+    assert report.time_to_loss(never, adamw, 100) == "never"
+    slow["equal steps"][1]["validation"][-1] = math.nan
+    assert report.cost_to_reach(slow, adamw, 100) == math.inf
+
+
+def test_rates_are_judged_by_all_tuning_seeds():
+    losses = {1000: 1.0, 1001: 4.0, 1002: 2.0}
+
+    def train(peak, seed, steps):
+        return protocol.Run([steps], [0.0], [peak * losses[seed]], 0.0)
+
+    task = quadratic()._replace(tuning_seeds=3)
+    np.testing.assert_allclose(protocol.tuning_loss(train, task, 3.0, 7), 6.0)
+    losses[1001] = math.nan
+    assert protocol.tuning_loss(train, task, 3.0, 7) == math.inf
 
 
 @pytest.mark.parametrize("name", CONTENDERS | VARIANTS)

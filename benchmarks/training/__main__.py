@@ -36,6 +36,7 @@ def main() -> None:
         help="contenders, beside AdamW: " + ", ".join(map(repr, ALL)),
     )
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of AdamW; by default the task's own")
     parser.add_argument("--batch-size", type=int, help="by default the task's own")
     out = Path(__file__).parent.parent / "results" / "training"
@@ -54,7 +55,7 @@ def main() -> None:
         if contender.suits(task)
         and (name in (args.only or CONTENDERS) or name == "AdamW")
     ]
-    seeds = range(args.seeds)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     trains = {name: protocol.make_train(task, ALL[name]) for name in names}
     result = {
         "task": args.task,

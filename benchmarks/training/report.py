@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,18 @@ def cost_to_reach(entry: dict[str, Any], baseline: dict[str, Any], steps: int) -
     return float(min(reached))
 
 
+def change(runs: list[Any], baseline: list[Any], unit: str = "") -> str:
+    """Return a difference in percent, with its bounds, as a table's cell."""
+    mean, low, high = (f"{100 * x:+.3g}" for x in difference(runs, baseline))
+    return "diverged" if mean == "+inf" else f"{mean}{unit} ({low} to {high})"
+
+
+def time_to_loss(entry: dict[str, Any], baseline: dict[str, Any], steps: int) -> str:
+    """Return the share of AdamW's time as a table's cell."""
+    share = cost_to_reach(entry, baseline, steps)
+    return f"{share:.2f}" if math.isfinite(share) else "never"
+
+
 def dumps(result: Result) -> str:
     """Return the result as JSON, which has no numbers that are not finite: null."""
 
@@ -103,53 +116,47 @@ def table(result: Result) -> str:
             losses = final(entry["equal steps"], which)
             cells.append(f"{geometric_mean(losses):.4g}")
         for setting in ("equal steps", "equal time"):
-            change = difference(entry[setting], found["AdamW"][setting])
-            mean, low, high = (f"{100 * x:+.3g}" for x in change)
-            diverged = not math.isfinite(change[0])
-            cells.append("diverged" if diverged else f"{mean} % ({low} to {high})")
-        time = cost_to_reach(entry, found["AdamW"], result["steps"])
-        cells.append(f"{time:.2f}" if math.isfinite(time) else "never")
+            cells.append(change(entry[setting], found["AdamW"][setting], " %"))
+        cells.append(time_to_loss(entry, found["AdamW"], result["steps"]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def across_tasks(results: dict[str, Result]) -> str:
-    """Lay out the differences to AdamW at equal time of each contender on each task."""
+def across_tasks(results: dict[str, Result], cell: Callable[[Result, str], str]) -> str:
+    """Lay out a cell for each contender on each task."""
     names = dict.fromkeys(n for r in results.values() for n in r["contenders"])
     lines = [
         "| | " + " | ".join(results) + " |",
         "|---|" + "---|" * len(results),
     ]
     for name in names:
-        if name == "AdamW":
-            continue
-        cells = [name]
-        for result in results.values():
-            found = result["contenders"]
-            cell = "not run"
-            if name in found:
-                runs = found[name]["equal time"], found["AdamW"]["equal time"]
-                change = difference(*runs)
-                mean, low, high = (f"{100 * x:+.3g}" for x in change)
-                cell = f"{mean} ({low} to {high})"
-                if not math.isfinite(change[0]):
-                    cell = "diverged"
-            cells.append(cell)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def rates(results: dict[str, Result]) -> str:
-    """Lay out the learning rates that were chosen for each contender on each task."""
-    names = dict.fromkeys(n for r in results.values() for n in r["contenders"])
-    lines = [
-        "| | " + " | ".join(results) + " |",
-        "|---|" + "---|" * len(results),
-    ]
-    for name in names:
-        entries = [r["contenders"].get(name) for r in results.values()]
-        cells = [f"{e['rate']:.2g}" if e else "not run" for e in entries]
+        cells = [
+            cell(r, name) if name in r["contenders"] else "not run"
+            for r in results.values()
+        ]
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def at_equal_time(result: Result, name: str) -> str:
+    """Return the difference to AdamW at equal time as a cell."""
+    found = result["contenders"]
+    return change(found[name]["equal time"], found["AdamW"]["equal time"])
+
+
+def rate(result: Result, name: str) -> str:
+    """Return the learning rate that was chosen as a cell."""
+    return f"{result['contenders'][name]['rate']:.2g}"
+
+
+def beside(result: Result, name: str) -> str:
+    """Lay out how the others differ from one contender at equal steps."""
+    found = result["contenders"]
+    lines = ["| | rate | difference, % |", "|---|---|---|"]
+    for other, entry in found.items():
+        if other != name:
+            cell = change(entry["equal steps"], found[name]["equal steps"])
+            lines.append(f"| {other} | {rate(result, other)} | {cell} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,13 +169,10 @@ def of_one(results: dict[str, Result], name: str) -> str:
     ]
     for task, result in results.items():
         entry, adamw = result["contenders"][name], result["contenders"]["AdamW"]
-        cells = [task, f"{entry['rate']:.2g}", f"{entry['cost']:.2f}"]
+        cells = [task, rate(result, name), f"{entry['cost']:.2f}"]
         for setting in ("equal steps", "equal time"):
-            change = difference(entry[setting], adamw[setting])
-            mean, low, high = (f"{100 * x:+.3g}" for x in change)
-            cells.append(f"{mean} ({low} to {high})")
-        time = cost_to_reach(entry, adamw, result["steps"])
-        cells.append(f"{time:.2g}" if math.isfinite(time) else "never")
+            cells.append(change(entry[setting], adamw[setting]))
+        cells.append(time_to_loss(entry, adamw, result["steps"]))
         cells += [f"{entry['width']:.1f}", f"{adamw['width']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -183,9 +187,9 @@ def plot(result: Result, path: Path) -> None:
     ticks = range(len(found))
     for ax, setting in ((left, "equal steps"), (right, "equal time")):
         for y, entry in enumerate(found.values()):
-            change = difference(entry[setting], found["AdamW"][setting])
-            if math.isfinite(change[0]):
-                mean, low, high = (100 * x for x in change)
+            bounds = difference(entry[setting], found["AdamW"][setting])
+            if math.isfinite(bounds[0]):
+                mean, low, high = (100 * x for x in bounds)
                 ax.plot([low, high], [y, y], color="#0072b2")
                 ax.plot(mean, y, "o", color="#0072b2")
             else:
