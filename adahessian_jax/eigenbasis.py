@@ -12,10 +12,17 @@ from adahessian_jax.axes import gathered
 from adahessian_jax.checks import check_float, check_int
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.moving_average import ema
+from adahessian_jax.orthogonal import (
+    Orthogonal,
+    first_columns,
+    multiply_along,
+    orthogonal_from_columns,
+)
 from adahessian_jax.protocol import CurvatureEstimator, as_estimator
 
-Bases = tuple[jax.Array | None, ...]
-_PRECISION = jax.lax.Precision.HIGHEST  # bases have to stay orthogonal
+Bases = tuple[Orthogonal | None, ...]  # one for each axis
+Products = tuple[jax.Array | None, ...]
+_PRECISION = jax.lax.Precision.HIGHEST  # bases have to be those of their products
 
 
 class EigenbasisState(NamedTuple):
@@ -23,14 +30,15 @@ class EigenbasisState(NamedTuple):
 
     Attributes:
       estimator_state: that of the estimator inside.
-      partial_traces: for each parameter a tuple with an entry for each of its axes: the
-        moving average of the partial trace of its curvature over all other axes, shape
-        (size, size), or None for an axis that is not rotated.
-      bases: the same of orthogonal matrices; their columns are the basis vectors.
+      products: for each parameter a tuple with an entry for each of its axes: the
+        partial trace of its curvature over all other axes, a moving average, times the
+        vectors of the basis, shape (size, number of vectors), or None for an axis that
+        is not turned.
+      bases: the same of orthogonal matrices, whose first columns are these vectors.
     """
 
     estimator_state: optax.OptState
-    partial_traces: Any
+    products: Any
     bases: Any
 
 
@@ -38,7 +46,8 @@ def in_eigenbasis(
     estimator: CurvatureEstimator,
     *,
     decay: jax.typing.ArrayLike = 0.98,
-    max_dim: int = 128,
+    max_dim: int = 64,
+    n_vectors: int = 8,
 ) -> CurvatureEstimator:
     r"""Estimate the diagonal in a basis in which the curvature is nearly diagonal.
 
@@ -60,17 +69,20 @@ def in_eigenbasis(
     whole of its block of G.
 
     Partial traces are moving averages over estimates, and each estimate moves the bases
-    by one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. Per axis
-    of size n that takes two matrices of n × n and, on an estimate, a QR decomposition;
-    each update multiplies the tensor by every basis twice. Use an ``update_interval``
-    of 10 or so.
+    by one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. A basis
+    for an axis longer than ``max_dim`` follows its leading eigenvectors only, which
+    have most of the curvature, and leaves other directions nearly as they are. Use an
+    ``update_interval`` of 20 or so.
 
     Args:
       estimator: :func:`adahessian_jax.gauss_newton` with the method ``"factor"`` and
         one sample.
       decay: decay rate of the moving averages of partial traces, in [0, 1).
-      max_dim: axes longer than this, at least 2, are left as they are: a basis for an
-        axis of size n costs as much as 2/3 n rows of the batch in a dense layer.
+      max_dim: axes of up to this size n, at least 1, have a complete basis: 2 n²
+        numbers of state, and 4 n operations for each entry of the tensor in an update.
+      n_vectors: how many leading eigenvectors a longer axis has, 0 or more: 3 n k
+        numbers for k of them, and 8 k operations for each entry. With 0 longer axes
+        are left as they are.
 
     Returns:
       A transformation for :func:`adahessian_jax.adahessian`,
@@ -82,8 +94,8 @@ def in_eigenbasis(
       the diagonal in the parameters' own axes: do not give it to them.
 
     Raises:
-      ValueError: if ``decay`` or ``max_dim`` is out of range, or the estimator has no
-        single factor.
+      ValueError: if ``decay``, ``max_dim`` or ``n_vectors`` is out of range, or the
+        estimator has no single factor.
       TypeError: if an argument is of the wrong type.
 
     Examples:
@@ -111,7 +123,8 @@ def in_eigenbasis(
       axis and their orthogonal iteration, there from gradients
     """
     check_float("decay", decay, 0.0, 1.0)
-    check_int("max_dim", max_dim, 2)
+    check_int("max_dim", max_dim, 1)
+    check_int("n_vectors", n_vectors, 0)
     as_estimator(estimator)
     inner = getattr(estimator, "factor", None)
     if inner is None:
@@ -122,42 +135,39 @@ def in_eigenbasis(
         )
 
     def init_fn(params: optax.Params) -> EigenbasisState:
-        def identities(leaf: Any) -> Bases:
+        def start(leaf: Any) -> Bases:
             if not is_differentiable(leaf):
                 return ()
             dtype = accumulation_dtype(leaf)
-            return tuple(
-                jnp.eye(n, dtype=dtype) if 1 < n <= max_dim else None
-                for n in jnp.shape(leaf)
-            )
+            return tuple(_first_basis(n, max_dim, n_vectors, dtype) for n in leaf.shape)
 
-        bases = jax.tree.map(identities, params)
+        bases = jax.tree.map(start, params)
         return EigenbasisState(
             estimator_state=inner.init(params),
-            partial_traces=jax.tree.map(jnp.zeros_like, bases),
+            products=jax.tree.map(lambda p, qs: _no_products(qs), params, bases),
             bases=bases,
         )
 
     def diag_in_bases(
         factor: optax.Updates, state: EigenbasisState, inner_state: Any
     ) -> tuple[optax.Updates, EigenbasisState]:
-        def turned(g: Any, bases: Bases, traces: Bases) -> Bases:
-            return tuple(map(_turned, bases, traces))
+        def turned(g: Any, bases: Bases, products: Products) -> Bases:
+            return _turned(bases, products)
+
+        def moved(g: Any, old: Bases, new: Bases, products: Products) -> Products:
+            return _moved(products, old, new, g, decay)
 
         def squared(g: Any, bases: Bases) -> Any:
             if not is_differentiable(g):
                 return g
             return jnp.square(rotate(g, bases)).astype(g.dtype)
 
-        def moved(g: Any, traces: Bases) -> Bases:
-            return _moved(traces, g, decay)
-
         # Bases of earlier factors only: in those fitted to this one, its square would
         # be too large along the first vectors and too small along the others.
-        bases = jax.tree.map(turned, factor, state.bases, state.partial_traces)
+        bases = jax.tree.map(turned, factor, state.bases, state.products)
+        products = jax.tree.map(moved, factor, state.bases, bases, state.products)
         diag = jax.tree.map(squared, factor, bases)
-        traces = jax.tree.map(moved, factor, state.partial_traces)
-        return diag, EigenbasisState(inner_state, traces, bases)
+        return diag, EigenbasisState(inner_state, products, bases)
 
     def update_fn(
         updates: optax.Updates,
@@ -209,39 +219,64 @@ def rotate(x: jax.Array, bases: Bases, *, back: bool = False) -> jax.Array:
     x, cut = gathered(x)
     for axis, q in enumerate(bases):
         if q is not None:
-            y = jnp.tensordot(
-                x.astype(q.dtype), q, (axis, int(back)), precision=_PRECISION
-            )
-            x = jnp.moveaxis(y, -1, axis)
+            x = multiply_along(q, x, axis, transpose=not back)
     return cut(x)
 
 
-def _turned(basis: jax.Array | None, trace: jax.Array | None) -> jax.Array | None:
-    """Turn a basis towards the eigenvectors, by one step of orthogonal iteration."""
-    if basis is None or trace is None:
+def _first_basis(n: int, max_dim: int, n_vectors: int, dtype: Any) -> Orthogonal | None:
+    if 1 < n <= max(max_dim, n_vectors):
+        return jnp.eye(n, dtype=dtype)
+    if n <= max_dim or n_vectors == 0:
         return None
-    total = jnp.trace(trace)
-    relative = trace / jnp.where(total > 0, total, 1)
-    product = jnp.dot(relative, basis, precision=_PRECISION)
-    # The second term keeps vectors without curvature where they are, well above the
-    # rounding errors of the first.
-    kept = float(jnp.finfo(trace.dtype).eps) ** 0.5
-    return jnp.linalg.qr(product + kept * basis)[0]
+    # Cosines: unlike an entry's own axis, none is without curvature where pixels at the
+    # edge of every image are black, and would stay so.
+    i, j = jnp.arange(n, dtype=dtype), jnp.arange(n_vectors, dtype=dtype)
+    return orthogonal_from_columns(jnp.cos(jnp.pi / n * (i[:, None] + 0.5) * j))
 
 
-def _moved(traces: Bases, factor: jax.Array, decay: Any) -> Bases:
-    """Move averages of partial traces towards a factor's, if that is finite."""
-    if all(trace is None for trace in traces):
-        return traces
+def _no_products(bases: Bases) -> Products:
+    return tuple(None if q is None else jnp.zeros_like(first_columns(q)) for q in bases)
+
+
+def _turned(bases: Bases, products: Products) -> Bases:
+    """Turn bases towards the eigenvectors, by one step of orthogonal iteration."""
+
+    def one(basis: Orthogonal | None, product: jax.Array | None) -> Orthogonal | None:
+        if basis is None or product is None:
+            return None
+        largest = jnp.max(jnp.abs(product))
+        relative = product / jnp.where(largest > 0, largest, 1)
+        # The second term keeps vectors without curvature where they are, well above the
+        # rounding errors of the first.
+        kept = float(jnp.finfo(product.dtype).eps) ** 0.5
+        return orthogonal_from_columns(relative + kept * first_columns(basis))
+
+    return tuple(map(one, bases, products))
+
+
+def _moved(
+    products: Products, old_bases: Bases, bases: Bases, factor: jax.Array, decay: Any
+) -> Products:
+    """Take products to new bases, and average in a factor's, if that is finite."""
+    if all(q is None for q in bases):
+        return products
     factor, _ = gathered(factor)
 
-    def one(axis: int, trace: jax.Array | None) -> jax.Array | None:
-        if trace is None:
+    def one(axis: int) -> jax.Array | None:
+        old, new, product = old_bases[axis], bases[axis], products[axis]
+        if old is None or new is None or product is None:
             return None
-        g = factor.astype(trace.dtype)
+        q, g = first_columns(new), factor.astype(product.dtype)
         others = [a for a in range(g.ndim) if a != axis]
-        product = jnp.tensordot(g, g, (others, others), precision=_PRECISION)
-        moved = ema(decay, product, trace)
-        return jnp.where(jnp.all(jnp.isfinite(product)), moved, trace)
+        turned = jnp.tensordot(g, q, (axis, 0), precision=_PRECISION)
+        fresh = jnp.tensordot(
+            g, turned, (others, list(range(g.ndim - 1))), precision=_PRECISION
+        )
+        # Exact if the basis is complete; otherwise what the trace does outside of the
+        # vectors is forgotten, little by little as they turn.
+        overlap = jnp.dot(first_columns(old).T, q, precision=_PRECISION)
+        carried = jnp.dot(product, overlap, precision=_PRECISION)
+        moved = ema(decay, fresh, carried)
+        return jnp.where(jnp.all(jnp.isfinite(fresh)), moved, carried)
 
-    return tuple(one(axis, trace) for axis, trace in enumerate(traces))
+    return tuple(one(axis) for axis in range(len(bases)))

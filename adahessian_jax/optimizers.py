@@ -141,12 +141,11 @@ def adahessian(
 
     .. note::
       What trains fastest, of all that ``python -m benchmarks.training`` compares with
-      AdamW at equal time, is ``b2=0.95, hessian_ema="mean", update_interval=10,
+      AdamW at equal time, is ``b2=0.9, hessian_ema="mean", update_interval=20,
       initial_refreshes=10, reuse_estimate=False, clip_threshold=0.1`` with
-      ``estimator=in_eigenbasis(gauss_newton(loss), max_dim=64)`` and a learning rate of
-      0.01 to 0.1. For the published forms with ``update_interval=10,
-      initial_refreshes=50`` the same searches ended at 0.3 to 3, or 0.03 to 1 for that
-      with ``hessian_power=0.5``.
+      ``estimator=in_eigenbasis(gauss_newton(loss))`` and a learning rate of 0.01 to
+      0.1. For the published forms with ``update_interval=10, initial_refreshes=50`` the
+      same searches ended at 0.3 to 3, or 0.03 to 1 for that with ``hessian_power=0.5``.
 
     .. note::
       Second derivatives can be infinite or NaN where value and gradient are fine, and

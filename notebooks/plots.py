@@ -15,6 +15,7 @@ OPTIMIZERS = {
     "L-BFGS": BLACK,
     "AdaHessian": BLUE,
     "AdaHessian, Gauss-Newton": GREEN,
+    "Gauss-Newton in eigenbasis": SKY,
     "relative curvature": PURPLE,
 }
 ESTIMATORS = {

@@ -84,7 +84,8 @@ def make_estimator(name, axis_name=None, **options):
     if name == "gauss-newton":
         return ah.gauss_newton("squared_error", axis_name=axis_name, **options)
     if name == "in-eigenbasis":
-        return ah.in_eigenbasis(make_estimator("gauss-newton", axis_name, **options))
+        inner = make_estimator("gauss-newton", axis_name, **options)
+        return ah.in_eigenbasis(inner, max_dim=16, n_vectors=4)
     control_variate = {
         "hutchinson": None,
         "low-rank": ah.low_rank_control(2),
@@ -103,6 +104,15 @@ ESTIMATORS = (
     "in-eigenbasis",
 )
 EVERY_ESTIMATOR = pytest.mark.parametrize("name", ESTIMATORS)
+
+
+def atol(name):
+    """The order of sums differs, by 1e-16 of each.
+
+    The vectors of a basis for which no curvature was seen are known to the root of that
+    only, and in four steps a parameter moves some 0.2.
+    """
+    return 0.2 * 2**-26 if name == "in-eigenbasis" else 1e-10
 
 
 def arguments(x, y):
@@ -238,7 +248,7 @@ def test_all_ways_over_devices_are_the_same(name, kind, double):
     batch = X.reshape(N, -1, 16), Y.reshape(N, -1, 8)
     expected, _ = train(first, PARAMS, tx.init(PARAMS), *batch)
     for result in results:
-        chex.assert_trees_all_close(result, expected, rtol=1e-8, atol=1e-10)
+        chex.assert_trees_all_close(result, expected, rtol=1e-8, atol=atol(name))
 
 
 @KINDS
@@ -341,7 +351,7 @@ def test_jit_over_a_mesh(kind, path, name, layout, double):
     for leaf in jax.tree.leaves(trees):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     expected = alone(tx, estimator)
-    chex.assert_trees_all_close(got[0], expected[0], rtol=1e-8, atol=1e-10)
+    chex.assert_trees_all_close(got[0], expected[0], rtol=1e-8, atol=atol(name))
 
 
 def collectives(step, *args):

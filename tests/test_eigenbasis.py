@@ -10,6 +10,12 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import adahessian_jax as ah
+from adahessian_jax.orthogonal import (
+    Reflectors,
+    first_columns,
+    multiply_along,
+    orthogonal_from_columns,
+)
 from tests.problems import cross_entropy
 
 RNG = np.random.default_rng(0)
@@ -60,20 +66,40 @@ def exact_block(name):
     return np.asarray(block.reshape(PARAMS[name].shape * 2))
 
 
+def is_basis(q):
+    return q is None or isinstance(q, jax.Array | Reflectors)
+
+
+def dense(q):
+    n = len(q.left) if isinstance(q, Reflectors) else len(q)
+    return np.asarray(multiply_along(q, jnp.eye(n), 0, transpose=False))
+
+
+def basis_leaves(bases):
+    return jax.tree.leaves(bases, is_leaf=is_basis)
+
+
 def random_bases(state, seed=1):
+    """Bases that nothing is known of."""
     rng = np.random.default_rng(seed)
-    return state._replace(
-        bases=jax.tree.map(
-            lambda q: jnp.asarray(np.linalg.qr(rng.normal(size=q.shape))[0]),
-            state.bases,
-        )
-    )
+
+    def one(q):
+        columns = jnp.asarray(rng.normal(size=first_columns(q).shape))
+        return orthogonal_from_columns(columns)
+
+    return state._replace(bases=jax.tree.map(one, state.bases, is_leaf=is_basis))
+
+
+def partial_traces(state):
+    """Return what the products stand for, where bases are complete."""
+    return jax.tree.map(lambda p, q: p @ q.mT, state.products, state.bases)
 
 
 def assert_same_bases(got, expected):
     """Up to the signs of the vectors, which mean nothing."""
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(np.abs(a.T @ b), np.eye(len(a)), atol=1e-10)
+    for a, b in zip(basis_leaves(got), basis_leaves(expected), strict=True):
+        overlap = np.abs(first_columns(a).T @ first_columns(b))
+        np.testing.assert_allclose(overlap, np.eye(len(overlap)), atol=1e-10)
 
 
 def many(estimator, state, n=8000):
@@ -97,17 +123,24 @@ def check_mean(samples, expected):
     assert np.sqrt(np.mean(z**2)) < 2
 
 
-def test_estimates_the_diagonal_in_its_bases():
+FEW = {"max_dim": 1, "n_vectors": 2}  # so that two axes of PARAMS are long
+
+
+@pytest.mark.parametrize("options", [{}, FEW], ids=["complete", "few vectors"])
+def test_estimates_the_diagonal_in_its_bases(options):
     """Whatever the bases; here random ones, which no partial traces move."""
-    estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX))
+    estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), **options)
     state = random_bases(estimator.init(PARAMS))
     diags, after = many(estimator, state)
-    assert_same_bases(jax.tree.map(lambda q: q[0], after.bases), state.bases)
-    a, b, c = (np.asarray(q) for q in state.bases["w"])
+    bases = jax.tree.map(lambda q: q[0], after.bases)
+    assert_same_bases(bases, state.bases)
+    assert any(isinstance(q, Reflectors) for q in basis_leaves(bases)) == bool(options)
+    # Those after, for reflectors of the same first columns may differ in the others.
+    a, b, c = (dense(q) for q in bases["w"])
     block = exact_block("w")
     turned = np.einsum("ijkpqr,ia,jb,kc,pd,qe,rf->abcdef", block, *[a, b, c] * 2)
     check_mean(diags["w"], np.einsum("abcabc->abc", turned))
-    (q,) = (np.asarray(q) for q in state.bases["b"])
+    (q,) = (dense(q) for q in bases["b"])
     check_mean(diags["b"], np.diag(q.T @ exact_block("b") @ q))
     assert state.bases["scale"] == ()
     check_mean(diags["scale"], exact_block("scale"))
@@ -122,9 +155,10 @@ def test_partial_traces_are_those_of_the_matrix():
         np.einsum("ijkiqk->jq", block),
         np.einsum("ijkijr->kr", block),
     ]
-    for samples, trace in zip(after.partial_traces["w"], expected, strict=True):
+    traces = partial_traces(after)
+    for samples, trace in zip(traces["w"], expected, strict=True):
         check_mean(samples, trace)
-    check_mean(after.partial_traces["b"][0], exact_block("b"))
+    check_mean(traces["b"][0], exact_block("b"))
 
 
 def test_the_axes_of_a_square_matrix_are_told_apart():
@@ -137,7 +171,7 @@ def test_the_axes_of_a_square_matrix_are_told_apart():
     _, state = turned.update(
         None, turned.init(params), params, predict_fn=lambda p: jnp.dot(X, p)
     )
-    left, right = state.partial_traces
+    left, right = partial_traces(state)
     np.testing.assert_allclose(left, g @ g.T, rtol=1e-9)
     np.testing.assert_allclose(right, g.T @ g, rtol=1e-9)
 
@@ -152,7 +186,8 @@ def test_the_average_of_partial_traces_decays():
         _, state = update(state)
         g, plain = factor.update(None, plain, PARAMS, predict_fn=predict)
         expected = 0.75 * expected + 0.25 * np.outer(g["b"], g["b"])
-    np.testing.assert_allclose(state.partial_traces["b"][0], expected, rtol=1e-12)
+    (trace,) = partial_traces(state)["b"]
+    np.testing.assert_allclose(trace, expected, rtol=1e-9, atol=1e-16)
 
 
 def test_the_square_of_the_factor_is_the_estimate_of_gauss_newton():
@@ -182,7 +217,7 @@ def test_the_diagonal_is_in_the_bases_of_the_new_state():
     (q,), (old,) = state.bases["b"], before.bases["b"]
     np.testing.assert_allclose(diag["b"], (q.T @ g["b"]) ** 2, rtol=1e-9, atol=1e-20)
     assert np.abs(np.abs(old.T @ q) - np.eye(3)).max() > 1e-3  # they have turned
-    turned, _ = np.linalg.qr(before.partial_traces["b"][0] @ old)
+    turned, _ = np.linalg.qr(before.products["b"][0])
     np.testing.assert_allclose(np.abs(turned.T @ q), np.eye(3), atol=1e-5)
 
 
@@ -198,7 +233,9 @@ def test_bases_become_eigenvectors_of_the_partial_traces():
     estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), decay=0.999)
     state, _ = repeated(estimator, estimator.init(PARAMS), 4000)
     leaves = zip(
-        jax.tree.leaves(state.bases), jax.tree.leaves(state.partial_traces), strict=True
+        jax.tree.leaves(state.bases),
+        jax.tree.leaves(partial_traces(state)),
+        strict=True,
     )
     for q, trace in leaves:
         np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-12)
@@ -263,30 +300,110 @@ def test_which_axes_have_a_basis():
         "empty": jnp.ones((0, 3)),
         "number": jnp.ones(()),
     }
-    state = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), max_dim=8).init(params)
-    shapes = jax.tree.map(jnp.shape, state.bases)
-    assert shapes == {
-        "long": (None, (3, 3)),
-        "just": ((8, 8),),
-        "one": (None, (3, 3)),
+
+    def kinds(**options):
+        estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), **options)
+        return jax.tree.map(
+            lambda q: (
+                q
+                if q is None
+                else (type(q) is Reflectors, *jnp.shape(first_columns(q)))
+            ),
+            estimator.init(params).bases,
+            is_leaf=is_basis,
+        )
+
+    complete = (False, 3, 3)
+    expected = {
+        "long": ((True, 9, 2), complete),
+        "just": ((False, 8, 8),),
+        "one": (None, complete),
         "integers": (),
-        "empty": (None, (3, 3)),
+        "empty": (None, complete),
         "number": (),
     }
+    assert kinds(max_dim=8, n_vectors=2) == expected
+    expected["long"] = ((True, 9, 8), complete)
+    assert kinds(max_dim=1, n_vectors=8) == expected
+    expected["long"] = (None, complete)
+    assert kinds(max_dim=8, n_vectors=0) == expected
+
+
+def with_constant_factor(n, m, n_zero=0):
+    """Return outputs whose factor is the same matrix, up to its sign, every time.
+
+    Its singular values are 1, 1/2, 1/4 and so on; some first rows are zero.
+    """
+    rng = np.random.default_rng(0)
+    left, _ = np.linalg.qr(rng.normal(size=(n - n_zero, m)))
+    right, _ = np.linalg.qr(rng.normal(size=(m, m)))
+    factor = np.vstack([np.zeros((n_zero, m)), left * 0.5 ** np.arange(m) @ right.T])
+    return lambda w: jnp.sum(factor * w)[None, None], factor
+
+
+def test_few_vectors_are_the_leading_eigenvectors():
+    """With the factor always the same this is orthogonal iteration, and converges."""
+    predict, factor = with_constant_factor(12, 9)
+    estimator = ah.in_eigenbasis(
+        ah.gauss_newton("l2_loss", reduction="sum"),
+        decay=0.5,  # the start is forgotten no faster than this
+        max_dim=9,
+        n_vectors=3,
+    )
+    w = jnp.zeros((12, 9))
+    state = estimator.init(w)
+    update = jax.jit(lambda s: estimator.update(None, s, w, predict_fn=predict))
+    for _ in range(50):
+        diag, state = update(state)
+    long, short = state.bases
+    left, values, right = np.linalg.svd(factor)
+    overlap = np.abs(left[:, :3].T @ first_columns(long))
+    np.testing.assert_allclose(overlap, np.eye(3), atol=1e-6)
+    overlap = np.abs(right[:3] @ first_columns(short)[:, :3])
+    np.testing.assert_allclose(overlap, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(np.diag(diag)[:3], values[:3] ** 2, rtol=1e-6)
+    trace = factor @ factor.T
+    np.testing.assert_allclose(
+        state.products[0], trace @ first_columns(long), atol=1e-6
+    )
+
+
+def test_few_vectors_are_found_where_the_first_entries_never_move():
+    """As with pixels at the edge of an image, that are always black."""
+    predict, factor = with_constant_factor(12, 2, n_zero=6)
+    estimator = ah.in_eigenbasis(
+        ah.gauss_newton("l2_loss", reduction="sum"), max_dim=2, n_vectors=2
+    )
+    w = jnp.zeros((12, 2))
+    state = estimator.init(w)
+    for _ in range(30):
+        _, state = estimator.update(None, state, w, predict_fn=predict)
+    left, _, _ = np.linalg.svd(factor)
+    overlap = left[:, :2].T @ first_columns(state.bases[0])
+    np.testing.assert_allclose(np.linalg.norm(overlap), np.sqrt(2), rtol=1e-6)
+
+
+def test_as_many_vectors_as_an_axis_is_long_are_a_complete_basis():
+    one, other = (
+        ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), max_dim=d, n_vectors=k)
+        for d, k in ((4, 0), (1, 4))
+    )
+    chex.assert_trees_all_equal(one.init(PARAMS), other.init(PARAMS))
 
 
 def step_by_hand(state, mu, grads, diag, *, lr, b1, b2, clip):
     """One update of the average, and the step, for a matrix with two bases."""
     mu = b1 * mu + (1 - b1) * grads
     count = int(state.count)
-    a, b = (np.asarray(q) for q in state.estimator_state.bases)
+    a, b = (dense(q) for q in state.estimator_state.bases)
     turned = a.T @ (mu / (1 - b1**count)) @ b
     h = np.asarray(state.nu) / (1 - b2**count)
     return mu, -lr * a @ np.clip(turned / h, -clip, clip) @ b.T
 
 
 @pytest.mark.parametrize("clip", [1e9, 0.05])
-def test_steps_are_taken_in_the_bases(clip):
+@pytest.mark.parametrize("options", [{}, FEW], ids=["complete", "few vectors"])
+def test_steps_are_taken_in_the_bases(clip, options):
     """Momentum is kept in the parameters' own axes, and turned with each step."""
     x, w = X[:, :3], jnp.asarray(RNG.normal(size=(3, 2)))
     y = jnp.asarray(RNG.normal(size=(16, 2)))
@@ -296,7 +413,7 @@ def test_steps_are_taken_in_the_bases(clip):
         b2=0.9,
         eps=0.0,
         hessian_ema="mean",
-        estimator=ah.in_eigenbasis(ah.gauss_newton("squared_error")),
+        estimator=ah.in_eigenbasis(ah.gauss_newton("squared_error"), **options),
         clip_threshold=None if clip == 1e9 else clip,
     )
     state, mu = tx.init(w), np.zeros((3, 2))
@@ -311,7 +428,7 @@ def test_steps_are_taken_in_the_bases(clip):
         )
         np.testing.assert_allclose(updates, expected, rtol=1e-9, atol=1e-12)
         w = w + updates
-    a, b = state[0].estimator_state.bases
+    a, b = (dense(q) for q in state[0].estimator_state.bases)
     turned = np.abs(a.T @ updates @ b)
     if clip != 1e9:
         assert turned.max() <= 0.1 * clip * (1 + 1e-9)
@@ -354,7 +471,12 @@ def test_solves_what_a_diagonal_does_not():
     x = jnp.asarray(common + 0.03 * rng.normal(size=(64, 4)))
     target = jnp.asarray(rng.normal(size=(4, 2)))
     loss = {}
-    for name, wrap in (("bases", ah.in_eigenbasis), ("own axes", lambda e: e)):
+    wraps = {
+        "bases": ah.in_eigenbasis,
+        "one vector": lambda e: ah.in_eigenbasis(e, max_dim=1, n_vectors=1),
+        "own axes": lambda e: e,
+    }
+    for name, wrap in wraps.items():
         tx = ah.adahessian(
             0.3,
             b2=0.95,
@@ -377,6 +499,7 @@ def test_solves_what_a_diagonal_does_not():
         )
         loss[name] = float(values[-1] / values[0])
     assert loss["bases"] < 1e-12
+    assert loss["one vector"] < 1e-10
     assert loss["own axes"] > 1e-4
 
 
@@ -423,7 +546,7 @@ def test_bases_rest_between_estimates():
     seen = []
     for _ in range(6):
         _, state = update(state)
-        seen.append(state.estimator_state.partial_traces["b"][0])
+        seen.append(state.estimator_state.products["b"][0])
     assert [bool(jnp.all(a == b)) for a, b in itertools.pairwise(seen)] == [
         True,
         True,
@@ -447,9 +570,9 @@ def test_a_factor_that_is_not_finite_moves_nothing():
     updates, after = jax.jit(lambda s: tx.update(grads, s, PARAMS, predict_fn=broken))(
         state
     )
-    before = state.estimator_state.partial_traces
-    chex.assert_trees_all_equal(after.estimator_state.partial_traces["b"], before["b"])
-    assert not jnp.all(after.estimator_state.partial_traces["w"][0] == before["w"][0])
+    before, now = (partial_traces(s.estimator_state) for s in (state, after))
+    chex.assert_trees_all_close(now["b"], before["b"], rtol=1e-9, atol=1e-16)
+    assert not jnp.allclose(now["w"][0], before["w"][0])
     assert int(after.nonfinite) == 3
     np.testing.assert_allclose(
         after.nu["b"] / (1 - 0.999**4), state.nu["b"] / (1 - 0.999**3), rtol=1e-9
@@ -491,9 +614,9 @@ def test_devices_share_bases_and_the_factor_is_that_of_the_whole_batch():
 
     keys = jax.random.split(jax.random.PRNGKey(1), 8000)
     diags, states = jax.jit(jax.vmap(on_devices))(keys)
-    for leaf in jax.tree.leaves((diags, states.partial_traces)):
+    for leaf in jax.tree.leaves((diags, states.products)):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:, :1], leaf.shape))
-    check_mean(states.partial_traces["b"][0][:, 0], exact_block("b"))
+    check_mean(partial_traces(states)["b"][0][:, 0], exact_block("b"))
     check_mean(diags["b"][:, 0], np.diag(exact_block("b")))
 
 

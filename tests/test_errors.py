@@ -907,6 +907,7 @@ KIND = {
     "mode": "choice",
     "mu_dtype": "float dtype",
     "n_samples": "count",
+    "n_vectors": "count or 0",
     "nu_dtype": "float dtype",
     "output_loss": "function",
     "power": "not negative",

@@ -116,7 +116,9 @@ ESTIMATORS = {
     "aux": (ah.hutchinson(), loss_and_aux, {"has_aux": True}),
     "gauss-newton": (ah.gauss_newton("softmax_cross_entropy"), loss_and_outputs, {}),
     "in-eigenbasis": (
-        ah.in_eigenbasis(ah.gauss_newton("softmax_cross_entropy")),
+        ah.in_eigenbasis(
+            ah.gauss_newton("softmax_cross_entropy"), max_dim=3, n_vectors=2
+        ),
         loss_and_outputs,
         {},
     ),

@@ -57,7 +57,9 @@ def estimators(**options):
         "hutchinson": ah.hutchinson(**options),
         "normal-2": ah.hutchinson(2, probe="normal", **options),
         "gauss-newton": ah.gauss_newton(softmax, **options),
-        "in-eigenbasis": ah.in_eigenbasis(ah.gauss_newton(softmax, **options)),
+        "in-eigenbasis": ah.in_eigenbasis(
+            ah.gauss_newton(softmax, **options), max_dim=3, n_vectors=2
+        ),
         "gauss-newton-2": ah.gauss_newton(softmax, n_samples=2, **options),
         "gauss-newton-hutchinson": ah.gauss_newton(
             softmax, method="hutchinson", **options

@@ -15,6 +15,7 @@ pytest.importorskip("flax")
 pytest.importorskip("matplotlib")
 
 from benchmarks.training import protocol, report
+from benchmarks.training.__main__ import main
 from benchmarks.training.contenders import CONTENDERS, VARIANTS, WEIGHT_DECAY, sophia
 from benchmarks.training.tasks import TASKS, quadratic
 
@@ -85,6 +86,32 @@ def test_files_have_null_for_what_is_not_finite():
     assert json.loads(text) == {"a": [1.0, None, {"b": None}], "c": 2}
 
 
+def test_other_contenders_are_kept_under_the_same_conditions():
+    earlier = {"steps": 10, "first_seed": 0, "contenders": {"SGD": 1, "AdamW": 2}}
+    later = {**earlier, "contenders": {}}
+    assert report.others(earlier, later) == {"SGD": 1, "AdamW": 2}
+    del earlier["first_seed"]
+    with pytest.raises(ValueError, match=r"^first_seed is None there and 0 here$"):
+        report.others(earlier, later)
+
+
+def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
+    def run(*options):
+        options = ["quadratic", "--steps", "20", "--seeds", "1", *options]
+        monkeypatch.setattr("sys.argv", ["training", *options, "--out", str(tmp_path)])
+        main()
+        result = json.loads((tmp_path / "quadratic.json").read_text(encoding="utf-8"))
+        return result["contenders"]
+
+    first = run("--only", "SGD")
+    second = run("--only", "Muon")
+    assert list(second) == ["SGD", "AdamW", "Muon"]
+    assert second["SGD"] == first["SGD"]
+    with pytest.raises(SystemExit):
+        run("--only", "Muon", "--first-seed", "5")
+    assert "first_seed is 0 there and 5 here" in capsys.readouterr().err
+
+
 RESULTS = pathlib.Path(protocol.__file__).parent.parent / "results" / "training"
 
 
@@ -101,16 +128,19 @@ def test_tables_of_the_docs_are_those_of_the_committed_results():
     page = RESULTS.parents[2] / "docs" / "training.md"
     text = page.read_text(encoding="utf-8")
     order = ["cnn", "transformer", "autoencoder", "poisson", "burgers", "diamonds"]
-    results = {
-        task: json.loads((RESULTS / f"{task}.json").read_text(encoding="utf-8"))
-        for task in order
-    }
+
+    def read(path):
+        return json.loads((RESULTS / path).read_text(encoding="utf-8"))
+
+    results = {task: read(f"{task}.json") for task in order}
     assert report.of_one(results, "Gauss-Newton in eigenbasis") in text
     assert report.across_tasks(results, report.at_equal_time) in text
     assert report.across_tasks(results, report.rate) in text
-    variants = (RESULTS / "variants/autoencoder.json").read_text(encoding="utf-8")
-    table = report.beside(json.loads(variants), "Gauss-Newton in eigenbasis")
-    assert table in text
+    order = ["cnn", "transformer", "autoencoder", "diamonds"]
+    fresh = {task: read(f"fresh/{task}.json") for task in order}
+    assert report.of_one(fresh, "Gauss-Newton in eigenbasis") in text
+    variants = read("variants/autoencoder.json")
+    assert report.beside(variants, "Gauss-Newton in eigenbasis") in text
 
 
 def test_cost_to_reach():

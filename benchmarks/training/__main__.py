@@ -3,10 +3,12 @@
 
 Learning rates are searched with seeds that are used for nothing else, then each
 contender is run with others, at AdamW's number of steps and in AdamW's time. Writes a
-JSON file, a table and a plot.
+JSON file, a table and a plot. With --only, what an earlier run under the same
+conditions found of other contenders stays in the file.
 """
 
 import argparse
+import json
 import math
 import os
 from pathlib import Path
@@ -39,6 +41,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of AdamW; by default the task's own")
     parser.add_argument("--batch-size", type=int, help="by default the task's own")
+    parser.add_argument(
+        "--evaluated", type=int, help="examples of a loss; by default the task's own"
+    )
     out = Path(__file__).parent.parent / "results" / "training"
     parser.add_argument("--out", type=Path, default=out, help="a directory")
     args = parser.parse_args()
@@ -48,6 +53,8 @@ def main() -> None:
         if task.batch_size is None:
             parser.error(f"argument --batch-size: {args.task} has one batch of all")
         task = task._replace(batch_size=args.batch_size)
+    if args.evaluated is not None:
+        task = task._replace(evaluated=args.evaluated)
     steps = args.steps or task.steps
     names = [  # AdamW is always there: all else is compared with it
         name
@@ -56,16 +63,25 @@ def main() -> None:
         and (name in (args.only or CONTENDERS) or name == "AdamW")
     ]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    trains = {name: protocol.make_train(task, ALL[name]) for name in names}
     result = {
         "task": args.task,
         "steps": steps,
         "seeds": args.seeds,
+        "first_seed": args.first_seed,
         "batch_size": task.batch_size,
+        "evaluated": task.evaluated,
         "device": f"{jax.devices()[0].device_kind}, {n_cores()} core(s)",
         "jax": jax.__version__,
         "contenders": {},
     }
+    path = args.out / f"{args.task}.json"
+    others = {}
+    if args.only and path.exists():
+        try:
+            others = report.others(json.loads(path.read_text("utf-8")), result)
+        except ValueError as error:
+            parser.error(f"{path} was made under other conditions: {error}.")
+    trains = {name: protocol.make_train(task, ALL[name]) for name in names}
     for name in track(names, "searching learning rates", console=console):
         start = ALL[name].start
 
@@ -100,8 +116,9 @@ def main() -> None:
             affordable = max(protocol.RECORDS, math.floor(steps / found["cost"]))
             run = trains[name](found["rate"], seed, affordable)
             found.setdefault("equal time", []).append(run._asdict())
+    found = others | result["contenders"]
+    result["contenders"] = {name: found[name] for name in ALL if name in found}
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.task}.json"
     path.write_text(report.dumps(result), encoding="utf-8")
     path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
     report.plot(result, path.with_suffix(".png"))

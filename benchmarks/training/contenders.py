@@ -64,7 +64,7 @@ def gauss_newton(task: Task, key: jax.Array) -> optax.GradientTransformation:
 
 def in_eigenbasis(task: Task, key: jax.Array) -> optax.GradientTransformation:
     """Return the quiet estimator in a basis in which the curvature is diagonal."""
-    return ah.in_eigenbasis(gauss_newton(task, key), max_dim=64)
+    return ah.in_eigenbasis(gauss_newton(task, key))
 
 
 def gaussian(task: Task, key: jax.Array) -> optax.GradientTransformation:
@@ -155,9 +155,9 @@ def _plain(make: Callable[..., Any]) -> Make:
 ZACK_DUGUE = {"hessian_ema": "mean", "hessian_power": 0.5}
 
 # Gauss-Newton in its eigenbasis.
-SCHEDULE = {"update_interval": 10, "initial_refreshes": 10}
+SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 CURVED = {
-    "b2": 0.95,
+    "b2": 0.9,
     "hessian_ema": "mean",
     "reuse_estimate": False,
     "clip_threshold": 0.1,
@@ -230,12 +230,23 @@ def _per_output(path: Any, leaf: jax.Array) -> jax.Array:
 
 
 def _variant(estimator: Any = in_eigenbasis, **options: Any) -> Contender:
-    make = _adahessian(**{**CURVED, **options})
-    return Contender(make, estimator, 0.03, **SCHEDULE)
+    options = {**CURVED, **options}
+    schedule = {key: options[key] for key in SCHEDULE}
+    return Contender(_adahessian(**options), estimator, 0.03, **schedule)
+
+
+def _in_eigenbasis(**options: Any) -> Callable[[Task, jax.Array], Any]:
+    return lambda task, key: ah.in_eigenbasis(gauss_newton(task, key), **options)
 
 
 # What was tried on the way to the last recommendation; only run if it is asked for.
 VARIANTS: dict[str, Contender] = {
+    "eigenbasis, short axes only": _variant(_in_eigenbasis(n_vectors=0)),
+    "eigenbasis, 16 vectors": _variant(_in_eigenbasis(n_vectors=16)),
+    "eigenbasis, 32 vectors": _variant(_in_eigenbasis(n_vectors=32)),
+    "eigenbasis, decay 0.95": _variant(_in_eigenbasis(decay=0.95)),
+    "eigenbasis, interval 10, b2=0.95": _variant(update_interval=10, b2=0.95),
+    "eigenbasis, 40 initial refreshes": _variant(initial_refreshes=40),
     "eigenbasis, clip 0.03": _variant(clip_threshold=0.03),
     "eigenbasis, clip 0.3": _variant(clip_threshold=0.3),
     "eigenbasis, clipped in own axes": Contender(

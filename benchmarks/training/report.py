@@ -79,6 +79,22 @@ def time_to_loss(entry: dict[str, Any], baseline: dict[str, Any], steps: int) ->
     return f"{share:.2f}" if math.isfinite(share) else "never"
 
 
+def others(earlier: Result, result: Result) -> dict[str, Any]:
+    """Return the contenders of an earlier result under the same conditions.
+
+    Raises:
+      ValueError: if the conditions differ; the message says which.
+    """
+    differing = [
+        f"{key} is {earlier.get(key)} there and {value} here"
+        for key, value in result.items()
+        if key != "contenders" and earlier.get(key) != value
+    ]
+    if differing:
+        raise ValueError(", ".join(differing))
+    return dict(earlier["contenders"])
+
+
 def dumps(result: Result) -> str:
     """Return the result as JSON, which has no numbers that are not finite: null."""
 
