@@ -110,6 +110,8 @@ def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--only", "Muon", "--first-seed", "5")
     assert "first_seed is 0 there and 5 here" in capsys.readouterr().err
+    monkeypatch.setattr("benchmarks.training.__main__.CONTENDERS", {"SGD"})
+    assert list(run("--first-seed", "5")) == ["SGD", "AdamW"]  # all anew
 
 
 RESULTS = pathlib.Path(protocol.__file__).parent.parent / "results" / "training"
@@ -139,8 +141,8 @@ def test_tables_of_the_docs_are_those_of_the_committed_results():
     order = ["cnn", "transformer", "autoencoder", "diamonds"]
     fresh = {task: read(f"fresh/{task}.json") for task in order}
     assert report.of_one(fresh, "Gauss-Newton in eigenbasis") in text
-    variants = read("variants/autoencoder.json")
-    assert report.beside(variants, "Gauss-Newton in eigenbasis") in text
+    for path in ("variants/autoencoder.json", "variants/diamonds.json"):
+        assert report.beside(read(path), "Gauss-Newton in eigenbasis") in text
 
 
 def test_cost_to_reach():
@@ -158,6 +160,8 @@ def test_cost_to_reach():
     }
     share = report.cost_to_reach(slow, adamw, 100)
     np.testing.assert_allclose(share, 1.5 * 45 / 100, rtol=1e-12)
+    slow["equal steps"] = runs([20, 40, 46])
+    np.testing.assert_allclose(report.cost_to_reach(slow, adamw, 100), 0.675)
     early = {**slow, "equal time": runs([30, 50], seeds=(0.1, 0.3))}
     np.testing.assert_allclose(report.cost_to_reach(early, adamw, 100), 0.45)
     never = {**slow, "equal steps": runs([20, 44])}
