@@ -139,7 +139,9 @@ def in_eigenbasis(
             if not is_differentiable(leaf):
                 return ()
             dtype = accumulation_dtype(leaf)
-            return tuple(_first_basis(n, max_dim, n_vectors, dtype) for n in leaf.shape)
+            return tuple(
+                _first_basis(n, max_dim, n_vectors, dtype) for n in jnp.shape(leaf)
+            )
 
         bases = jax.tree.map(start, params)
         return EigenbasisState(

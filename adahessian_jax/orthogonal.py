@@ -67,7 +67,7 @@ def multiply_along(
     if not isinstance(q, Reflectors):
         return _along(q.T if transpose else q, x, axis)
     u, v = reversed(q) if transpose else q
-    return x - _along(u, _along(v.T, x, axis), axis)
+    return x.astype(u.dtype) - _along(u, _along(v.T, x, axis), axis)
 
 
 def _along(matrix: jax.Array, x: jax.Array, axis: int) -> jax.Array:

@@ -281,9 +281,10 @@ def test_bases_stay_orthogonal_in_single_precision():
     chex.assert_trees_all_equal_dtypes(jax.tree.map(lambda d: d[0], diags), params)
 
 
-def test_half_precision_keeps_bases_in_single():
+@pytest.mark.parametrize("options", [{}, FEW], ids=["complete", "few vectors"])
+def test_half_precision_keeps_bases_in_single(options):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX))
+    estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), **options)
     diag, state = estimator.update(
         None, estimator.init(params), params, predict_fn=predict
     )
