@@ -13,6 +13,7 @@ from adahessian_jax.checks import check_float, check_int
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax.moving_average import ema
 from adahessian_jax.orthogonal import (
+    PRECISION,
     Orthogonal,
     first_columns,
     multiply_along,
@@ -22,7 +23,6 @@ from adahessian_jax.protocol import CurvatureEstimator, as_estimator
 
 Bases = tuple[Orthogonal | None, ...]  # one for each axis
 Products = tuple[jax.Array | None, ...]
-_PRECISION = jax.lax.Precision.HIGHEST  # bases have to be those of their products
 
 
 class EigenbasisState(NamedTuple):
@@ -270,14 +270,14 @@ def _moved(
             return None
         q, g = first_columns(new), factor.astype(product.dtype)
         others = [a for a in range(g.ndim) if a != axis]
-        turned = jnp.tensordot(g, q, (axis, 0), precision=_PRECISION)
+        turned = jnp.tensordot(g, q, (axis, 0), precision=PRECISION)
         fresh = jnp.tensordot(
-            g, turned, (others, list(range(g.ndim - 1))), precision=_PRECISION
+            g, turned, (others, list(range(g.ndim - 1))), precision=PRECISION
         )
         # Exact if the basis is complete; otherwise what the trace does outside of the
         # vectors is forgotten, little by little as they turn.
-        overlap = jnp.dot(first_columns(old).T, q, precision=_PRECISION)
-        carried = jnp.dot(product, overlap, precision=_PRECISION)
+        overlap = jnp.dot(first_columns(old).T, q, precision=PRECISION)
+        carried = jnp.dot(product, overlap, precision=PRECISION)
         moved = ema(decay, fresh, carried)
         return jnp.where(jnp.all(jnp.isfinite(fresh)), moved, carried)
 

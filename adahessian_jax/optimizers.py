@@ -140,8 +140,8 @@ def adahessian(
       Zack Dugue, `AdaHessian <https://github.com/Zack-Dugue/AdaHessian>`_, 2023
 
     .. note::
-      What trains fastest, of all that ``python -m benchmarks.training`` compares with
-      AdamW at equal time, is ``b2=0.9, hessian_ema="mean", update_interval=20,
+      Ahead of AdamW at equal time on five tasks of ``python -m benchmarks.training``,
+      and level on the sixth, is ``b2=0.9, hessian_ema="mean", update_interval=20,
       initial_refreshes=10, reuse_estimate=False, clip_threshold=0.1`` with
       ``estimator=in_eigenbasis(gauss_newton(loss))`` and a learning rate of 0.01 to
       0.1. For the published forms with ``update_interval=10, initial_refreshes=50`` the

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_PRECISION = jax.lax.Precision.HIGHEST  # they have to stay orthogonal
+PRECISION = jax.lax.Precision.HIGHEST  # they have to stay orthogonal
 
 
 class Reflectors(NamedTuple):
@@ -42,13 +42,13 @@ def orthogonal_from_columns(columns: jax.Array) -> Orthogonal:
     packed, tau = jnp.linalg.qr(columns, mode="raw")
     v = jnp.tril(packed.mT, -1) + jnp.eye(n, k, dtype=columns.dtype)
     # U = V T with T^-1 = diag(1 / tau) + striu(V^T V); tau is 0 for no reflection.
-    upper = jnp.triu(jnp.dot(v.T, v, precision=_PRECISION), 1)
+    upper = jnp.triu(jnp.dot(v.T, v, precision=PRECISION), 1)
     triangle = jax.scipy.linalg.solve_triangular(
         jnp.eye(k, dtype=columns.dtype) + tau[:, None] * upper,
         jnp.diag(tau),
         unit_diagonal=True,
     )
-    return Reflectors(jnp.dot(v, triangle, precision=_PRECISION), v)
+    return Reflectors(jnp.dot(v, triangle, precision=PRECISION), v)
 
 
 def first_columns(q: Orthogonal) -> jax.Array:
@@ -57,7 +57,7 @@ def first_columns(q: Orthogonal) -> jax.Array:
         return q
     u, v = q
     n, k = v.shape
-    return jnp.eye(n, k, dtype=v.dtype) - jnp.dot(u, v[:k].T, precision=_PRECISION)
+    return jnp.eye(n, k, dtype=v.dtype) - jnp.dot(u, v[:k].T, precision=PRECISION)
 
 
 def multiply_along(
@@ -73,6 +73,6 @@ def multiply_along(
 def _along(matrix: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     x = x.astype(matrix.dtype)
     if axis == x.ndim - 1:
-        return jnp.tensordot(x, matrix, (axis, 1), precision=_PRECISION)
-    product = jnp.tensordot(matrix, x, (1, axis), precision=_PRECISION)
+        return jnp.tensordot(x, matrix, (axis, 1), precision=PRECISION)
+    product = jnp.tensordot(matrix, x, (1, axis), precision=PRECISION)
     return jnp.moveaxis(product, 0, axis)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adahessian_jax.orthogonal import Reflectors, multiply_along
+
 
 class Problem(NamedTuple):
     params: dict
@@ -22,6 +24,12 @@ def dense_hessian(loss, params):
     """The whole Hessian as a matrix, in the order of ``jax.flatten_util``."""
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     return jax.jit(jax.hessian(lambda w: loss(unravel(w))))(flat)
+
+
+def dense(q):
+    """An orthogonal matrix as an array."""
+    n = len(q.left) if isinstance(q, Reflectors) else len(q)
+    return np.asarray(multiply_along(q, jnp.eye(n), 0, transpose=False))
 
 
 def exact_diag(loss, params):

@@ -13,10 +13,9 @@ import adahessian_jax as ah
 from adahessian_jax.orthogonal import (
     Reflectors,
     first_columns,
-    multiply_along,
     orthogonal_from_columns,
 )
-from tests.problems import cross_entropy
+from tests.problems import cross_entropy, dense
 
 RNG = np.random.default_rng(0)
 # Of NumPy, so that they are double in the tests.
@@ -68,11 +67,6 @@ def exact_block(name):
 
 def is_basis(q):
     return q is None or isinstance(q, jax.Array | Reflectors)
-
-
-def dense(q):
-    n = len(q.left) if isinstance(q, Reflectors) else len(q)
-    return np.asarray(multiply_along(q, jnp.eye(n), 0, transpose=False))
 
 
 def basis_leaves(bases):
@@ -187,7 +181,7 @@ def test_the_average_of_partial_traces_decays():
         g, plain = factor.update(None, plain, PARAMS, predict_fn=predict)
         expected = 0.75 * expected + 0.25 * np.outer(g["b"], g["b"])
     (trace,) = partial_traces(state)["b"]
-    np.testing.assert_allclose(trace, expected, rtol=1e-9, atol=1e-16)
+    np.testing.assert_allclose(trace, expected, rtol=1e-12, atol=1e-15 * expected.max())
 
 
 def test_the_square_of_the_factor_is_the_estimate_of_gauss_newton():
@@ -394,7 +388,7 @@ def test_as_many_vectors_as_an_axis_is_long_are_a_complete_basis():
     chex.assert_trees_all_equal(one.init(PARAMS), other.init(PARAMS))
 
 
-def step_by_hand(state, mu, grads, diag, *, lr, b1, b2, clip):
+def step_by_hand(state, mu, grads, *, lr, b1, b2, clip):
     """One update of the average, and the step, for a matrix with two bases."""
     mu = b1 * mu + (1 - b1) * grads
     count = int(state.count)
@@ -427,7 +421,7 @@ def test_steps_are_taken_in_the_bases(clip, options):
         grads = jax.grad(lambda w: jnp.mean((x @ w - y) ** 2))(w)
         updates, state = update(grads, state, w)
         mu, expected = step_by_hand(
-            state[0], mu, grads, None, lr=0.1, b1=0.8, b2=0.9, clip=clip
+            state[0], mu, grads, lr=0.1, b1=0.8, b2=0.9, clip=clip
         )
         np.testing.assert_allclose(updates, expected, rtol=1e-9, atol=1e-12)
         w = w + updates
@@ -574,7 +568,8 @@ def test_a_factor_that_is_not_finite_moves_nothing():
         state
     )
     before, now = (partial_traces(s.estimator_state) for s in (state, after))
-    chex.assert_trees_all_close(now["b"], before["b"], rtol=1e-9, atol=1e-16)
+    ((trace,), (same,)) = before["b"], now["b"]  # but for the rounding of a turn
+    np.testing.assert_allclose(same, trace, rtol=1e-12, atol=1e-15 * trace.max())
     assert not jnp.allclose(now["w"][0], before["w"][0])
     assert int(after.nonfinite) == 3
     np.testing.assert_allclose(

@@ -10,6 +10,7 @@ from adahessian_jax.orthogonal import (
     multiply_along,
     orthogonal_from_columns,
 )
+from tests.problems import dense
 
 RNG = np.random.default_rng(0)
 COLUMNS = {
@@ -26,11 +27,6 @@ COLUMNS = {
 @pytest.fixture(autouse=True)
 def double(x64):
     del x64
-
-
-def dense(q):
-    n = len(q.left) if isinstance(q, Reflectors) else len(q)
-    return np.asarray(multiply_along(q, jnp.eye(n), 0, transpose=False))
 
 
 @pytest.mark.parametrize("name", COLUMNS)

@@ -109,7 +109,8 @@ def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
     assert second["SGD"] == first["SGD"]
     with pytest.raises(SystemExit):
         run("--only", "Muon", "--first-seed", "5")
-    assert "first_seed is 0 there and 5 here" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "first_seed is 0 there and 5 here. Give another --out" in error
     monkeypatch.setattr("benchmarks.training.__main__.CONTENDERS", {"SGD"})
     assert list(run("--first-seed", "5")) == ["SGD", "AdamW"]  # all anew
 

@@ -80,7 +80,7 @@ def main() -> None:
         try:
             others = report.others(json.loads(path.read_text("utf-8")), result)
         except ValueError as error:
-            parser.error(f"{path} was made under other conditions: {error}.")
+            parser.error(f"{path} was made otherwise: {error}. Give another --out.")
     trains = {name: protocol.make_train(task, ALL[name]) for name in names}
     for name in track(names, "searching learning rates", console=console):
         start = ALL[name].start

@@ -6,6 +6,7 @@ of the steps, then a cosine to zero.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -62,9 +63,11 @@ def gauss_newton(task: Task, key: jax.Array) -> optax.GradientTransformation:
     return ah.gauss_newton(**task.loss, seed=key)
 
 
-def in_eigenbasis(task: Task, key: jax.Array) -> optax.GradientTransformation:
+def in_eigenbasis(
+    task: Task, key: jax.Array, **options: Any
+) -> optax.GradientTransformation:
     """Return the quiet estimator in a basis in which the curvature is diagonal."""
-    return ah.in_eigenbasis(gauss_newton(task, key))
+    return ah.in_eigenbasis(gauss_newton(task, key), **options)
 
 
 def gaussian(task: Task, key: jax.Array) -> optax.GradientTransformation:
@@ -235,16 +238,12 @@ def _variant(estimator: Any = in_eigenbasis, **options: Any) -> Contender:
     return Contender(_adahessian(**options), estimator, 0.03, **schedule)
 
 
-def _in_eigenbasis(**options: Any) -> Callable[[Task, jax.Array], Any]:
-    return lambda task, key: ah.in_eigenbasis(gauss_newton(task, key), **options)
-
-
 # What was tried on the way to the last recommendation; only run if it is asked for.
 VARIANTS: dict[str, Contender] = {
-    "eigenbasis, short axes only": _variant(_in_eigenbasis(n_vectors=0)),
-    "eigenbasis, 16 vectors": _variant(_in_eigenbasis(n_vectors=16)),
-    "eigenbasis, 32 vectors": _variant(_in_eigenbasis(n_vectors=32)),
-    "eigenbasis, decay 0.95": _variant(_in_eigenbasis(decay=0.95)),
+    "eigenbasis, short axes only": _variant(partial(in_eigenbasis, n_vectors=0)),
+    "eigenbasis, 16 vectors": _variant(partial(in_eigenbasis, n_vectors=16)),
+    "eigenbasis, 32 vectors": _variant(partial(in_eigenbasis, n_vectors=32)),
+    "eigenbasis, decay 0.95": _variant(partial(in_eigenbasis, decay=0.95)),
     "eigenbasis, interval 10, b2=0.95": _variant(update_interval=10, b2=0.95),
     "eigenbasis, 40 initial refreshes": _variant(initial_refreshes=40),
     "eigenbasis, clip 0.03": _variant(clip_threshold=0.03),
