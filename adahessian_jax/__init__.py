@@ -29,6 +29,12 @@ from adahessian_jax.probes import normal_like as normal_like
 from adahessian_jax.probes import rademacher_like as rademacher_like
 from adahessian_jax.protocol import Curvature as Curvature
 from adahessian_jax.protocol import CurvatureEstimator as CurvatureEstimator
+from adahessian_jax.quadratic_model import (
+    ScaleByQuadraticModelState as ScaleByQuadraticModelState,
+)
+from adahessian_jax.quadratic_model import (
+    scale_by_quadratic_model as scale_by_quadratic_model,
+)
 from adahessian_jax.relative_curvature import (
     scale_by_relative_curvature as scale_by_relative_curvature,
 )
@@ -50,6 +56,7 @@ __all__ = [
     "HutchinsonState",
     "LowRankState",
     "ScaleByAdaHessianState",
+    "ScaleByQuadraticModelState",
     "ScaleByRelativeCurvatureState",
     "adahessian",
     "block_average",
@@ -68,6 +75,7 @@ __all__ = [
     "normal_like",
     "rademacher_like",
     "scale_by_adahessian",
+    "scale_by_quadratic_model",
     "scale_by_relative_curvature",
     "unmasked",
     "value_and_grad_with_curvature",

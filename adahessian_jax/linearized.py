@@ -42,14 +42,33 @@ def linearize(
             " predict_fn=lambda p: model.apply(p, x)). Where only the loss is at hand,"
             " use hutchinson, which takes obj_fn."
         )
-    check_callable("predict_fn", predict_fn, "params -> outputs")
-
-    explained = explain_masked("predict_fn", predict_fn, params)
+    explained = _explained(predict_fn, params)
 
     def with_loss_of_zero(params: optax.Params) -> Any:
         return jnp.zeros(()), explained(params)
 
     return _linearize(with_loss_of_zero, params, "predict_fn", has_aux=False)[0]
+
+
+def push_forward(
+    predict_fn: Callable[[optax.Params], Any], params: optax.Params, tangents: Floats
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """Evaluate a network, and multiply its Jacobian by one vector.
+
+    Returns:
+      The outputs, the weights of their rows if ``predict_fn`` returns any, and the
+      tangents of the outputs.
+    """
+    explained = _explained(predict_fn, params)
+    floats, rebuild = split_differentiable(params)
+    outputs, tangent, weights = jax.jvp(
+        lambda x: _outputs_and_weights("predict_fn", explained(rebuild(x))),
+        (floats,),
+        ([v.astype(x.dtype) for v, x in zip(tangents, floats, strict=True)],),
+        has_aux=True,
+    )
+    raise_if(jnp.any(jnp.isnan(outputs)), "predict_fn returned outputs that are NaN.")
+    return outputs, weights, tangent
 
 
 def linearize_with_loss(
@@ -62,6 +81,23 @@ def linearize_with_loss(
     """
     model, value, gradient = _linearize(loss_fn, params, "loss_fn", has_aux=has_aux)
     return model, value, gradient()
+
+
+def _explained(
+    predict_fn: Callable[[optax.Params], Any], params: optax.Params
+) -> Callable[[optax.Params], Any]:
+    check_callable("predict_fn", predict_fn, "params -> outputs")
+    return explain_masked("predict_fn", predict_fn, params)
+
+
+def _outputs_and_weights(name: str, result: Any) -> tuple[jax.Array, Any]:
+    outputs, weights = result if isinstance(result, tuple) else (result, None)
+    if not hasattr(outputs, "dtype") or not is_differentiable(outputs):
+        raise TypeError(
+            f"{name} must return a floating-point array of outputs, or a tuple"
+            f" (outputs, weights), got {jax.tree.map(jnp.shape, result)}."
+        )
+    return outputs, weights
 
 
 def _linearize(
@@ -84,12 +120,7 @@ def _linearize(
                 f" auxiliary values, got {jax.tree.map(jnp.shape, out)}."
             )
         loss, result = out
-        outputs, weights = result if isinstance(result, tuple) else (result, None)
-        if not hasattr(outputs, "dtype") or not is_differentiable(outputs):
-            raise TypeError(
-                f"{name} must return a floating-point array of outputs, or a tuple"
-                f" (outputs, weights), got {jax.tree.map(jnp.shape, result)}."
-            )
+        outputs, weights = _outputs_and_weights(name, result)
         return (check_scalar(name, loss), outputs), (weights, aux)
 
     (loss, outputs), pullback, (weights, aux) = jax.vjp(

@@ -16,7 +16,13 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.training import protocol, report
 from benchmarks.training.__main__ import main
-from benchmarks.training.contenders import CONTENDERS, VARIANTS, WEIGHT_DECAY, sophia
+from benchmarks.training.contenders import (
+    CONTENDERS,
+    VARIANTS,
+    WEIGHT_DECAY,
+    Schedule,
+    sophia,
+)
 from benchmarks.training.tasks import TASKS, quadratic
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +43,11 @@ def test_search_ends_around_the_best_rate(best):
     rate = protocol.best_rate(found)
     assert abs(math.log(rate / best)) <= math.log(protocol.FACTOR) / 2 + 1e-9
     assert min(found) < rate < max(found)
+
+
+def test_search_reaches_as_far_as_asked():
+    tried = protocol.search(lambda rate: math.log(rate / 2e-2) ** 2, 1e-2, reach=3)
+    np.testing.assert_allclose(list(tried), 10.0 ** np.arange(-3.5, -0.4, 0.5))
 
 
 def test_search_survives_divergence():
@@ -61,7 +72,7 @@ def test_good_width(width):
 
 
 def test_schedule_rises_and_falls():
-    values = np.array([protocol.schedule(2.0, jnp.array(t), 100) for t in range(101)])
+    values = np.array([Schedule(2.0, 100)(jnp.array(t)) for t in range(101)])
     assert (np.diff(values)[:4] > 0).all()
     assert (np.diff(values)[5:] < 0).all()
     np.testing.assert_allclose(values[[0, 4, 5, 100]], [0.4, 2.0, 2.0, 0.0], atol=1e-6)
@@ -111,6 +122,14 @@ def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
         run("--only", "Muon", "--first-seed", "5")
     error = capsys.readouterr().err
     assert "first_seed is 0 there and 5 here. Give another --out" in error
+    third = run("--only", "SGD", "eigenbasis, own rate", "--rate", "0.005")
+    assert third["SGD"]["rate"] == 0.005
+    assert list(third["SGD"]["search"]) == ["0.005"]
+    assert list(third["eigenbasis, own rate"]["search"]) == ["1"]
+    assert third["AdamW"]["search"] == first["AdamW"]["search"]
+    assert not list(tmp_path.glob("*_rates.png"))
+    run("--only", "SGD", "eigenbasis, own rate", "--reach", "2")
+    assert (tmp_path / "quadratic_rates.png").stat().st_size > 10_000
     monkeypatch.setattr("benchmarks.training.__main__.CONTENDERS", {"SGD"})
     assert list(run("--first-seed", "5")) == ["SGD", "AdamW"]  # all anew
 
@@ -212,7 +231,7 @@ def test_sophia_is_that_of_optax():
     contender = CONTENDERS["Sophia"]._replace(make=sophia(gamma))
     train = protocol.make_train(task, contender)
     tx = optax.contrib.sophia(
-        lambda t: protocol.schedule(1e-2, t, steps),
+        Schedule(1e-2, steps),
         gamma=gamma,
         weight_decay=WEIGHT_DECAY,
         update_interval=10,

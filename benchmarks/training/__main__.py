@@ -44,6 +44,16 @@ def main() -> None:
     parser.add_argument(
         "--evaluated", type=int, help="examples of a loss; by default the task's own"
     )
+    parser.add_argument(
+        "--rate", type=float, help="of all but AdamW, in place of a search"
+    )
+    parser.add_argument(
+        "--reach",
+        type=int,
+        default=1,
+        help="try learning rates so many half decades to either side at least; with"
+        " more than 1, plot the losses of all rates",
+    )
     out = Path(__file__).parent.parent / "results" / "training"
     parser.add_argument("--out", type=Path, default=out, help="a directory")
     args = parser.parse_args()
@@ -88,10 +98,11 @@ def main() -> None:
         def score(rate: float, train: protocol.Train = trains[name]) -> float:
             return protocol.tuning_loss(train, task, rate, steps)
 
-        if ALL[name].line_search:
-            found = {start: score(start)}
+        fixed = start if ALL[name].own_rate else args.rate
+        if fixed is not None and name != "AdamW":
+            found = {fixed: score(fixed)}
         else:
-            found = protocol.search(score, start)
+            found = protocol.search(score, start, reach=args.reach)
         result["contenders"][name] = {
             "search": {f"{rate:.4g}": loss for rate, loss in found.items()},
             "rate": protocol.best_rate(found),
@@ -122,6 +133,9 @@ def main() -> None:
     path.write_text(report.dumps(result), encoding="utf-8")
     path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
     report.plot(result, path.with_suffix(".png"))
+    if args.reach > 1:
+        searches = {name: result["contenders"][name]["search"] for name in names}
+        report.plot_rates(searches, path.with_name(f"{args.task}_rates.png"))
     console.print(report.table(result), markup=False)
 
 

@@ -10,12 +10,27 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import adahessian_jax as ah
 from benchmarks.training.tasks import Task
 
-Make = Callable[[Any, Any, Task], optax.GradientTransformation]
+
+class Schedule(NamedTuple):
+    """A rise to the peak over 5 % of the steps, and a fall along a cosine to zero."""
+
+    peak: Any
+    steps: Any
+
+    def __call__(self, count: Any) -> jax.Array:
+        """Return the learning rate of a step."""
+        warmup = 0.05 * self.steps
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * (count - warmup) / (self.steps - warmup)))
+        return self.peak * jnp.where(count < warmup, (count + 1) / warmup, cosine)
+
+
+Make = Callable[[Schedule, Any, Task], optax.GradientTransformation]
 WEIGHT_DECAY = 1e-4
 DELAYED = {"update_interval": 10, "initial_refreshes": 50}
 
@@ -31,8 +46,9 @@ class Contender(NamedTuple):
       initial_refreshes: on how many first steps it is.
       hands_on_diag: whether the estimate is made outside the optimizer, which is not
         ours and would make it inside a conditional.
-      line_search: whether it finds the length of its steps itself, which takes a batch
-        that never changes.
+      own_rate: whether it finds the length of its steps itself: no rate is searched.
+      line_search: whether it does so by a line search, which takes a batch that never
+        changes.
     """
 
     make: Make
@@ -41,6 +57,7 @@ class Contender(NamedTuple):
     update_interval: int = 1
     initial_refreshes: int = 0
     hands_on_diag: bool = False
+    own_rate: bool = False
     line_search: bool = False
 
     def suits(self, task: Task) -> bool:
@@ -167,6 +184,22 @@ CURVED = {
     **SCHEDULE,
 }
 
+
+def _with_quadratic_model(*, limited: bool) -> Make:
+    """Let a quadratic model choose the rate, up to that of the search or to any."""
+
+    def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
+        limit = learning_rate.peak if limited else None
+        return optax.chain(
+            ah.scale_by_adahessian(estimator=estimator, **CURVED),
+            optax.add_decayed_weights(WEIGHT_DECAY),
+            ah.scale_by_quadratic_model(**task.loss, max_learning_rate=limit),
+            optax.scale_by_learning_rate(learning_rate._replace(peak=1.0)),
+        )
+
+    return make
+
+
 CONTENDERS: dict[str, Contender] = {
     "SGD": Contender(
         _plain(
@@ -182,6 +215,7 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "L-BFGS": Contender(
         lambda learning_rate, estimator, task: optax.lbfgs(memory_size=20),
+        own_rate=True,
         line_search=True,
     ),
     "Sophia": Contender(
@@ -201,6 +235,16 @@ CONTENDERS: dict[str, Contender] = {
     "Gauss-Newton, clipped": Contender(_clipped, gauss_newton, 0.03, **DELAYED),
     "Gauss-Newton in eigenbasis": Contender(
         _adahessian(**CURVED), in_eigenbasis, 0.03, **SCHEDULE
+    ),
+    "eigenbasis, limited rate": Contender(
+        _with_quadratic_model(limited=True), in_eigenbasis, 0.1, **SCHEDULE
+    ),
+    "eigenbasis, own rate": Contender(
+        _with_quadratic_model(limited=False),
+        in_eigenbasis,
+        1.0,
+        **SCHEDULE,
+        own_rate=True,
     ),
     "relative curvature": Contender(
         _relative(optax.scale_by_adam), gauss_newton, **DELAYED

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 import adahessian_jax as ah
-from benchmarks.training.contenders import Contender
+from benchmarks.training.contenders import Contender, Schedule
 from benchmarks.training.tasks import Task
 
 RECORDS = 20  # how often a run is evaluated
 FACTOR = 10**0.5  # between learning rates of the search
+PARTS = 4  # a quadratic model is of the first of so many parts of the batch
 TUNING_SEED = 1000  # and those that follow
 
 
@@ -37,13 +37,6 @@ class Run(NamedTuple):
 Train = Callable[..., Run]
 
 
-def schedule(peak: Any, count: Any, steps: Any) -> jax.Array:
-    """Rise to the peak over 5 % of the steps, and fall along a cosine to zero."""
-    warmup = 0.05 * steps
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * (count - warmup) / (steps - warmup)))
-    return peak * jnp.where(count < warmup, (count + 1) / warmup, cosine)
-
-
 def make_train(task: Task, contender: Contender) -> Train:
     """Return ``(peak, seed, steps) -> Run``, compiled once for all of them."""
     data = jax.device_put(task.train)
@@ -51,11 +44,7 @@ def make_train(task: Task, contender: Contender) -> Train:
 
     def optimizer(peak: Any, steps: Any, key: jax.Array) -> tuple[Any, Any]:
         estimator = contender.estimator and contender.estimator(task, key)
-
-        def learning_rate(count: Any) -> jax.Array:
-            return schedule(peak, count, steps)
-
-        return contender.make(learning_rate, estimator, task), estimator
+        return contender.make(Schedule(peak, steps), estimator, task), estimator
 
     def batch_of(data: Any, key: jax.Array, count: Any) -> Any:
         if task.batch_size is None:
@@ -169,13 +158,18 @@ def differentiate(
     if estimator is None:
         return jax.grad(loss_only)(params), {}, None
 
+    def predict_fn(p: Any) -> Any:
+        part = jax.tree.map(lambda x: x[: max(1, len(x) // PARTS)], batch)
+        return task.loss_fn(p, part)[1]
+
     def loss_fn(p: Any, batch: Any) -> Any:
         loss, outputs = task.loss_fn(p, batch)
         return (loss, outputs) if estimator.needs_outputs else loss
 
     fused = ah.value_and_grad_with_curvature(loss_fn, estimator)
     _, grads, curvature = fused(params, batch, state=state, refresh=refresh)
-    return grads, {"curvature": curvature}, None
+    extra_args = {"curvature": curvature, "grad": grads, "predict_fn": predict_fn}
+    return grads, extra_args, None
 
 
 def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
@@ -199,16 +193,20 @@ def tuning_loss(train: Train, task: Task, peak: float, steps: int) -> float:
 
 
 def search(
-    score: Callable[[float], float], start: float, *, max_steps: int = 12
+    score: Callable[[float], float],
+    start: float,
+    *,
+    reach: int = 1,
+    max_steps: int = 12,
 ) -> dict[float, float]:
     """Return the score of learning rates around the best, which has the least.
 
-    The rates lie half a decade apart. Three are tried first, and more at either edge
-    until the best two are not there.
+    The rates lie half a decade apart. So many to either side of the first are tried at
+    least, and more at either edge until the best is not there.
     """
     found: dict[int, float] = {}
 
-    missing = [-1, 0, 1]
+    missing = list(range(-reach, reach + 1))
     for _ in range(max_steps):
         for power in missing:
             found[power] = score(start * FACTOR**power)

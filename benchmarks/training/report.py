@@ -219,3 +219,28 @@ def plot(result: Result, path: Path) -> None:
     left.invert_yaxis()
     figure.suptitle(result["task"], fontsize=11)
     figure.savefig(path, dpi=120)
+
+
+def plot_rates(searches: dict[str, dict[str, float]], path: Path) -> None:
+    """Draw the losses that searches found over the learning rate.
+
+    Those above twice the least are not shown.
+    """
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    least = math.inf
+    for name, search in searches.items():
+        rates = [float(rate) for rate in search]
+        losses = [x if x is not None else math.inf for x in search.values()]
+        least = min(least, *losses)
+        if len(search) == 1:
+            ax.axhline(losses[0], color="#777777", linestyle="--", label=name)
+        else:
+            ax.plot(rates, losses, "o-", label=name)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
+    ax.set(ylim=(0.97 * least, 2 * least), title=path.stem.replace("_", ", "))
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120)
