@@ -36,8 +36,9 @@ def difference(runs: list[Any], baseline: list[Any]) -> tuple[float, float, floa
 
 
 def geometric_mean(losses: np.ndarray) -> float:
-    """Return the geometric mean, infinite if any of them is."""
-    return float(np.exp(np.log(losses).mean()))
+    """Return the geometric mean: infinite if any of them is, 0 if any of them is."""
+    with np.errstate(divide="ignore"):
+        return float(np.exp(np.log(losses).mean()))
 
 
 def cost_to_reach(entry: dict[str, Any], baseline: dict[str, Any], steps: int) -> float:
