@@ -88,7 +88,7 @@ X = RNG.normal(size=(20, 4)) * np.array([1.0, 3.0, 0.3, 0.0])
 Y = RNG.normal(size=20)
 H = 2 * X.T @ X / len(X)
 W = RNG.normal(size=4)
-LEAST = np.mean((X @ np.linalg.lstsq(X, Y)[0] - Y) ** 2)
+LEAST = np.mean((X @ np.linalg.lstsq(X, Y, rcond=None)[0] - Y) ** 2)
 WEIGHTS = RNG.uniform(size=20)
 
 

@@ -20,7 +20,7 @@ from benchmarks.training.contenders import (
     CONTENDERS,
     VARIANTS,
     WEIGHT_DECAY,
-    Schedule,
+    WarmupCosine,
     sophia,
 )
 from benchmarks.training.tasks import TASKS, quadratic
@@ -72,7 +72,7 @@ def test_good_width(width):
 
 
 def test_schedule_rises_and_falls():
-    values = np.array([Schedule(2.0, 100)(jnp.array(t)) for t in range(101)])
+    values = np.array([WarmupCosine(2.0, 100)(jnp.array(t)) for t in range(101)])
     assert (np.diff(values)[:4] > 0).all()
     assert (np.diff(values)[5:] < 0).all()
     np.testing.assert_allclose(values[[0, 4, 5, 100]], [0.4, 2.0, 2.0, 0.0], atol=1e-6)
@@ -235,7 +235,7 @@ def test_sophia_is_that_of_optax():
     contender = CONTENDERS["Sophia"]._replace(make=sophia(gamma))
     train = protocol.make_train(task, contender)
     tx = optax.contrib.sophia(
-        Schedule(1e-2, steps),
+        WarmupCosine(1e-2, steps),
         gamma=gamma,
         weight_decay=WEIGHT_DECAY,
         update_interval=10,

@@ -17,7 +17,7 @@ import adahessian_jax as ah
 from benchmarks.training.tasks import Task
 
 
-class Schedule(NamedTuple):
+class WarmupCosine(NamedTuple):
     """A rise to the peak over 5 % of the steps, and a fall along a cosine to zero."""
 
     peak: Any
@@ -30,7 +30,7 @@ class Schedule(NamedTuple):
         return self.peak * jnp.where(count < warmup, (count + 1) / warmup, cosine)
 
 
-Make = Callable[[Schedule, Any, Task], optax.GradientTransformation]
+Make = Callable[[WarmupCosine, Any, Task], optax.GradientTransformation]
 WEIGHT_DECAY = 1e-4
 DELAYED = {"update_interval": 10, "initial_refreshes": 50}
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import adahessian_jax as ah
-from benchmarks.training.contenders import Contender, Schedule
+from benchmarks.training.contenders import Contender, WarmupCosine
 from benchmarks.training.tasks import Task
 
 RECORDS = 20  # how often a run is evaluated
@@ -44,7 +44,7 @@ def make_train(task: Task, contender: Contender) -> Train:
 
     def optimizer(peak: Any, steps: Any, key: jax.Array) -> tuple[Any, Any]:
         estimator = contender.estimator and contender.estimator(task, key)
-        return contender.make(Schedule(peak, steps), estimator, task), estimator
+        return contender.make(WarmupCosine(peak, steps), estimator, task), estimator
 
     def batch_of(data: Any, key: jax.Array, count: Any) -> Any:
         if task.batch_size is None:
