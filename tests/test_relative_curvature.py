@@ -300,7 +300,8 @@ def test_over_devices(name):
         start = jax.device_put((params, tx.init(params)), whole)
         batch = jax.device_put((x, y), sharded)
         over_mesh = test_devices.train(step, *start, *batch)
-    chex.assert_trees_all_close(over_mesh[0], alone[0], rtol=1e-8, atol=1e-10)
+    atol = test_devices.atol(name)
+    chex.assert_trees_all_close(over_mesh[0], alone[0], rtol=1e-8, atol=atol)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
