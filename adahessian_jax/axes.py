@@ -8,8 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from adahessian_jax.dtypes import is_differentiable
+from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
 
 AxisName = str | tuple[str, ...] | None
 
@@ -51,17 +52,34 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
         return tree
     manual = jax.sharding.get_abstract_mesh().manual_axes  # none inside vmap
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    names = tuple(name for name in names if name in manual)
+    return jax.tree.map(lambda x: _vary(x, names) if is_differentiable(x) else x, tree)
 
-    def one(x: Any) -> Any:
-        known: frozenset[Any] = getattr(_type_of(x), "vma", frozenset())
-        new = tuple(name for name in names if name in manual and name not in known)
-        if not new or not is_differentiable(x):
-            return x
-        if hasattr(jax.lax, "pcast"):
-            return jax.lax.pcast(x, new, to="varying")
-        return jax.lax.pvary(x, new)  # type: ignore[attr-defined,unused-ignore]
 
-    return jax.tree.map(one, tree)
+def zeros_of_type(like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return zeros to add up in, cut and differing between devices as others are."""
+    dtype = accumulation_dtype(like) if is_differentiable(like) else like.dtype
+    sharding = getattr(like, "sharding", None)
+    zeros = jnp.zeros(like.shape, dtype, device=sharding)
+    return _vary(zeros, tuple(_varying_axes(like)))
+
+
+def _vary(x: Any, names: tuple[str, ...]) -> Any:
+    """Take an array for one that differs along the named axes of devices."""
+    known = _varying_axes(_type_of(x))
+    new = tuple(name for name in names if name not in known)
+    if not new:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, new, to="varying")
+    return jax.lax.pvary(x, new)  # type: ignore[attr-defined,unused-ignore]
+
+
+def _varying_axes(kind: Any) -> frozenset[Any]:
+    """Return the axes along which arrays of a type differ, where JAX keeps account."""
+    if hasattr(kind, "manual_axis_type"):
+        return getattr(kind.manual_axis_type, "varying", frozenset())
+    return getattr(kind, "vma", None) or frozenset()
 
 
 def gathered(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:

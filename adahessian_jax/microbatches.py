@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Independent estimates for the parts of a batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from adahessian_jax.axes import zeros_of_type
 from adahessian_jax.checks import check_flag, check_int
-from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.protocol import as_estimator
 
 
@@ -32,9 +34,10 @@ def microbatched(
 
     Returns:
       A transformation whose ``update`` takes ``batch``, a pytree of arrays that are cut
-      along their first axis, and hands to the functions ``obj_fn``, ``predict_fn`` and
-      ``output_loss`` one part of it as second argument: ``obj_fn(params, part)``.
-      ``targets`` is cut in the same way. The objective must be a mean over the batch.
+      along their first axis and of scalars that are in every part, and hands to the
+      functions ``obj_fn``, ``predict_fn`` and ``output_loss`` one part of it as second
+      argument: ``obj_fn(params, part)``. ``targets`` is cut in the same way. The
+      objective must be a mean over the batch.
 
     Raises:
       ValueError: if ``microbatches`` < 1; at update, if ``batch`` is missing or not
@@ -70,27 +73,50 @@ def microbatched(
                 " functions of a part of it: tx.update(grads, state, params,"
                 " obj_fn=lambda p, part: loss_fn(p, part), batch=batch)."
             )
-        parts = jax.tree_util.tree_map_with_path(cut, {"batch": batch})["batch"]
-        target_parts = jax.tree_util.tree_map_with_path(cut, {"targets": targets})
+        parts, join = cut({"batch": batch, "targets": targets}, microbatches)
 
-        def one_part(state: optax.OptState, xs: Any) -> tuple[Any, Any]:
-            part, part_targets = xs
-            bound: dict[str, Any] = {
-                name: _with_part(value, part) if name in _FUNCTIONS else value
-                for name, value in extra_args.items()
-            }
+        def one_part(state: optax.OptState, part: Any) -> tuple[Any, Any, tuple[()]]:
+            part = join(part)
+            bound = bind(extra_args, part["batch"])
             if targets is not None:
-                bound |= part_targets
+                bound["targets"] = part["targets"]
             diag, state = estimator.update(updates, state, params, **bound)
-            return state, diag
+            return state, diag, ()
 
-        state, diags = jax.lax.scan(
-            one_part, state, (parts, target_parts), unroll=unroll
+        state, diag, _ = mean_over_parts(one_part, state, parts, unroll=unroll)
+        return diag, state
+
+    return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
+
+
+_FUNCTIONS = ("obj_fn", "predict_fn", "output_loss")
+
+
+def cut(tree: Any, microbatches: int) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Cut the arrays of a tree along their first axes into parts of the same size.
+
+    Args:
+      tree: a dictionary, whose keys are the names that errors call the arrays by.
+      microbatches: the number of parts.
+
+    Returns:
+      The arrays with a new first axis, of parts, and the function that puts a part of
+      each back into the tree. Scalars are in every part.
+
+    Raises:
+      ValueError: if there is no array, or one cannot be cut into so many parts.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    leaves = [leaf for _, leaf in paths]
+    where = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf)]
+    if not where:
+        raise ValueError(
+            f"batch must have an array to cut into {microbatches} parts, got"
+            f" {len(leaves)} scalars only."
         )
-        return jax.tree.map(_mean_over_first_axis, diags), state
 
-    def cut(path: Any, x: Any) -> jax.Array:
-        size = jnp.shape(x)[0] if jnp.ndim(x) else 0
+    def one(path: Any, x: Any) -> jax.Array:
+        size = jnp.shape(x)[0]
         if size == 0 or size % microbatches:
             (name, *rest) = path
             raise ValueError(
@@ -99,17 +125,58 @@ def microbatched(
             )
         return jnp.reshape(x, (microbatches, -1, *jnp.shape(x)[1:]))
 
-    return optax.GradientTransformationExtraArgs(estimator.init, update_fn)
+    def join(part: list[Any]) -> Any:
+        new = list(leaves)
+        for i, x in zip(where, part, strict=True):
+            new[i] = x
+        return jax.tree.unflatten(treedef, new)
+
+    return [one(*paths[i]) for i in where], join
 
 
-_FUNCTIONS = ("obj_fn", "predict_fn", "output_loss")
+def bind(extra_args: dict[str, Any], *part: Any) -> dict[str, Any]:
+    """Hand a part of the batch to the functions among further arguments."""
+
+    def bound(function: Any) -> Any:
+        return lambda value: function(value, *part)
+
+    return {k: bound(v) if k in _FUNCTIONS else v for k, v in extra_args.items()}
 
 
-def _with_part(function: Any, part: Any) -> Any:
-    return lambda value: function(value, part)
+def mean_over_parts(
+    function: Callable[[Any, Any], tuple[Any, Any, Any]],
+    state: Any,
+    parts: list[Any],
+    *,
+    unroll: bool,
+) -> tuple[Any, Any, Any]:
+    """Average over parts, one after the other, what a function returns of each.
 
+    Args:
+      function: ``(state, part)`` to ``(state, averaged, stacked)``: the new state, a
+        tree to average and one whose leaves are to be put behind each other.
+      state: the first state.
+      parts: arrays, with parts along their first axes.
+      unroll: compile the parts one after the other in place of a loop.
 
-def _mean_over_first_axis(x: jax.Array) -> jax.Array:
-    if not is_differentiable(x):
-        return x[0]
-    return jnp.mean(x.astype(accumulation_dtype(x)), axis=0).astype(x.dtype)
+    Returns:
+      The last state, the average, where leaves that are not floating point are those of
+      the last part, and the stack.
+    """
+    n = len(parts[0])
+    _, like, _ = jax.eval_shape(function, state, [x[0] for x in parts])
+
+    def add(total: Any, x: Any) -> Any:
+        return total + x.astype(total.dtype) if is_differentiable(x) else x
+
+    def one(carry: tuple[Any, Any], part: list[Any]) -> tuple[tuple[Any, Any], Any]:
+        state, total = carry
+        state, averaged, stacked = function(state, part)
+        return (state, jax.tree.map(add, total, averaged)), stacked
+
+    def mean(total: Any, x: Any) -> Any:
+        return (total / n).astype(x.dtype) if is_differentiable(x) else total
+
+    zeros = jax.tree.map(zeros_of_type, like)
+    (state, total), stacked = jax.lax.scan(one, (state, zeros), parts, unroll=unroll)
+    return state, jax.tree.map(mean, total, like), stacked

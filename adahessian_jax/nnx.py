@@ -9,9 +9,9 @@ import optax
 from flax import nnx
 
 from adahessian_jax import fused
-from adahessian_jax.checks import check_callable, check_flag, check_int
+from adahessian_jax.checks import check_callable, check_flag
+from adahessian_jax.dtypes import is_differentiable
 from adahessian_jax.masking import fill_masked
-from adahessian_jax.protocol import as_estimator
 
 
 def functional(
@@ -60,6 +60,8 @@ def value_and_grad_with_curvature(
     *,
     has_aux: bool = False,
     curvature_batch: int | None = None,
+    microbatches: int = 1,
+    unroll: bool = False,
     wrt: Any = nnx.Param,
 ) -> Callable[..., tuple[Any, optax.Updates, Any]]:
     """Do as :func:`adahessian_jax.value_and_grad_with_curvature` for modules.
@@ -71,6 +73,10 @@ def value_and_grad_with_curvature(
       has_aux: whether ``loss_fn`` returns auxiliary values as well.
       curvature_batch: estimate from so many first examples only; the others go
         through the network again with all, as with ``has_aux`` there.
+      microbatches: cut the batch into so many parts, as there. Each begins with the
+        module as it is; its batch statistics become the mean of what the parts make
+        of them.
+      unroll: compile the parts one after the other, as there.
       wrt: which variables are the parameters, as in ``nnx.Optimizer``.
 
     Returns:
@@ -80,8 +86,9 @@ def value_and_grad_with_curvature(
       of random number generators move on once.
 
     Raises:
-      ValueError: if ``curvature_batch`` < 1; at the call, if an array of the batch has
-        fewer examples.
+      ValueError: if ``curvature_batch`` or ``microbatches`` < 1, or both are given; at
+        the call, if an array of the batch has fewer examples or cannot be cut into
+        equal parts.
       TypeError: if an argument is of the wrong type.
 
     Examples:
@@ -97,10 +104,14 @@ def value_and_grad_with_curvature(
       >>> updates = optimizer.update(model, grads, curvature=curvature)
     """
     check_callable("loss_fn", loss_fn, "(model, *batch) -> loss")
-    estimator = as_estimator(estimator)
     check_flag("has_aux", has_aux)
-    if curvature_batch is not None:
-        check_int("curvature_batch", curvature_batch, 1)
+    options: dict[str, Any] = {
+        "has_aux": True,
+        "curvature_batch": curvature_batch,
+        "microbatches": microbatches,
+        "unroll": unroll,
+    }
+    fused.value_and_grad_with_curvature(loss_fn, estimator, **options)  # checks them
 
     def value_and_grad_fn(
         model: nnx.Module,
@@ -119,9 +130,7 @@ def value_and_grad_with_curvature(
             return out, (aux, new_rest)
 
         (value, (aux, new_rest)), grads, curvature = (
-            fused.value_and_grad_with_curvature(
-                loss_and_rest, estimator, has_aux=True, curvature_batch=curvature_batch
-            )(
+            fused.value_and_grad_with_curvature(loss_and_rest, estimator, **options)(
                 params,
                 *batch,
                 state=nnx.as_pure(optimizer.opt_state),
@@ -129,6 +138,8 @@ def value_and_grad_with_curvature(
                 **extra_args,
             )
         )
+        if microbatches > 1:
+            new_rest = jax.tree.map(_of_parts, new_rest)
         nnx.update(model, new_rest)
         # The optimizer selects gradients by the kind of their variables.
         treedef = jax.tree.structure(nnx.state(model, wrt))
@@ -136,6 +147,11 @@ def value_and_grad_with_curvature(
         return (value, aux) if has_aux else value, grads, curvature
 
     return value_and_grad_fn
+
+
+def _of_parts(x: jax.Array) -> jax.Array:
+    """Return the mean over parts; of counts and keys, which are alike, the last."""
+    return x.mean(axis=0) if is_differentiable(x) else x[-1]
 
 
 def _split(model: nnx.Module, wrt: Any) -> tuple[Any, Any, Any]:

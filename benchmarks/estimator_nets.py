@@ -89,7 +89,14 @@ class Objective(NamedTuple):
     def extra_args(self, batch: Examples, takes_parts: bool) -> dict[str, Any]:
         """Make the arguments of an estimator's update."""
         if takes_parts:
-            return {"obj_fn": self, "batch": batch}
+            return {
+                "batch": batch,
+                "obj_fn": self,
+                "predict_fn": lambda params, part: self.predict(params, part.inputs),
+                "output_loss": lambda logits, part: self.output_loss(
+                    logits, part.labels
+                ),
+            }
         return {
             "obj_fn": lambda params: self(params, batch),
             "predict_fn": lambda params: self.predict(params, batch.inputs),

@@ -7,6 +7,7 @@
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 PEER = "optax hutchinson"
 PEER_LABEL = "optax's Hutchinson"
+IN_PARTS = "microbatched 8, "
 Result = dict[str, Any]
 Values = dict[str, float]
 Measure = Callable[[Result, Result], float]  # of a net and its estimators
@@ -144,15 +146,25 @@ def _summary(result: Result) -> str:
     summary.add(
         f"{label}, transformers", 25, over(_peer_over_gauss_newton, kind="transformer")
     )
-    gain = "`gauss_newton_control`: gain in variance at equal cost of"
-    for stage in ("early", "late"):
-        for what, function in _EQUAL_COST.items():
-            title = f"{gain} {what}, {stage}"
-            summary.add(title, 2, at(stage, function))
-            summary.add(f"{title}, ReLU nets", 7, at(stage, function, relu=True))
+    for in_parts, where in (("", ""), (IN_PARTS, ", on eight parts of the batch")):
+        label = f"{in_parts}gauss_newton_control"
+        for stage in ("early", "late"):
+            for what, shared in _EQUAL_COST.items():
+                title = (
+                    f"`gauss_newton_control`{where}: gain in variance at equal cost of"
+                    f" {what}, {stage}"
+                )
+                gain = partial(_gain, label=label, shared=shared)
+                summary.add(title, 2, at(stage, gain))
+                summary.add(f"{title}, ReLU nets", 7, at(stage, gain, relu=True))
+    low_rank = "`low_rank_control(8)`"
     for label, title in (
-        ("low_rank_control", "`low_rank_control(8)`: gain in variance"),
+        ("low_rank_control", f"{low_rank}: gain in variance"),
         ("low_rank_control, one batch", "the same, trained on one batch"),
+        (
+            f"{IN_PARTS}low_rank_control",
+            f"{low_rank}, on eight parts of the batch: gain in variance",
+        ),
     ):
         for kind, target in (("MLP", 3), ("CNN", 5), ("transformer", 1.3)):
             summary.add(
@@ -195,20 +207,17 @@ def _peer_over_gauss_newton(net: Result, rows: Result) -> float:
     return peer / ours
 
 
-def _gain(net: Result, rows: Result, shared: float) -> float:
-    """Gain of the Gauss-Newton control variate, where ``shared`` is paid anyway."""
+def _gain(net: Result, rows: Result, *, label: str, shared: float) -> float:
+    """Gain of a control variate over none, where ``shared`` is paid anyway."""
     cost = net["cost_beyond_gradient"]
     plain, ours = (
-        rows[label]["relative_variance"] * (cost[label] + shared)
-        for label in ("hutchinson", "gauss_newton_control")
+        rows[which]["relative_variance"] * (cost[which] + shared)
+        for which in ("hutchinson", label)
     )
     return plain / ours
 
 
-_EQUAL_COST: dict[str, Measure] = {
-    "gradient and estimate": lambda net, rows: _gain(net, rows, 1.0),
-    "the estimate": lambda net, rows: _gain(net, rows, 0.0),
-}
+_EQUAL_COST = {"gradient and estimate": 1.0, "the estimate": 0.0}  # and what is shared
 
 
 def _net_table(name: str, net: Result) -> str:
@@ -245,6 +254,7 @@ def _net_table(name: str, net: Result) -> str:
 
 def _learning_table(result: Result) -> str:
     labels = ["low_rank_control", "low_rank_control, one batch", "gauss_newton_control"]
+    labels += [f"{IN_PARTS}low_rank_control", f"{IN_PARTS}gauss_newton_control"]
     lines = [
         "## Variance of plain Hutchinson over that with a control variate",
         "",
@@ -278,6 +288,7 @@ STYLE = {  # colour, marker, label
     "microbatched 8": (SKY, "D", "microbatched(hutchinson(), 8)"),
     "low_rank_control": (AMBER, "P", "hutchinson, low_rank_control(8)"),
     "gauss_newton_control": (PURPLE, "^", "hutchinson, gauss_newton_control"),
+    "microbatched 8, gauss_newton_control": (PURPLE, "D", "the same, microbatched"),
     "gauss_newton": (GREEN, "o", "gauss_newton()"),
     "gauss_newton n=4": (GREEN, "s", "gauss_newton, n_samples=4"),
     "gauss_newton sampled-labels": (GREEN, "v", 'gauss_newton, "sampled-labels"'),

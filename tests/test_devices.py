@@ -128,16 +128,33 @@ def arguments(x, y):
     }
 
 
+ARGUMENTS_OF_PARTS = {
+    "obj_fn": lambda p, part: loss_fn(p, *part),
+    "predict_fn": lambda p, part: predict(p, part[0]),
+    "output_loss": lambda outputs, part: loss_of_outputs(outputs, part[1]),
+}
+
+
+def of_two(function):
+    return lambda value, x, y: function(value, (x, y))
+
+
 def make_step(tx, estimator, path, axis_name=None):
     """Return a step for one device's part of the batch."""
-    needs_outputs = estimator.needs_outputs
+    needs_outputs = getattr(estimator, "needs_outputs", False)
     fused = ah.value_and_grad_with_curvature(
-        loss_and_outputs if needs_outputs else loss_fn, estimator
+        loss_and_outputs if needs_outputs else loss_fn,
+        estimator,
+        microbatches=2 if path == "fused, two parts" else 1,
     )
 
     def step(params, state, x, y):
         extra_args = arguments(x, y)
-        if path == "fused":
+        if path == "two parts":
+            extra_args = ARGUMENTS_OF_PARTS | {"batch": (x, y)}
+        elif path == "fused, two parts":
+            extra_args = {k: of_two(f) for k, f in ARGUMENTS_OF_PARTS.items()}
+        if path.startswith("fused"):
             # For gauss_newton_control, which makes its own pass over the network.
             functions = {k: extra_args[k] for k in ("predict_fn", "output_loss")}
             _, grads, curvature = fused(params, x, y, state=state, **functions)
@@ -235,24 +252,49 @@ def test_all_ways_over_devices_are_the_same(name, kind, double):
     tx = ah.adahessian(
         0.02, estimator=estimator, update_interval=2, clip_threshold=clip
     )
-    results = []
+    expected = emulated(tx, make_step(tx, estimator, "obj_fn", axis_name="data"))
     for path in ("obj_fn", "fused"):
         step = make_step(tx, estimator, path, axis_name="data")
         params, _ = train_on_devices(kind, step, tx, 4)
-        results.append(first_copy(params))
-    emulated = jax.vmap(
-        make_step(tx, estimator, "obj_fn", axis_name="data"),
-        in_axes=(None, None, 0, 0),
-        axis_name="data",
-        axis_size=N,
-    )
-    first = jax.jit(
-        lambda p, s, x, y: jax.tree.map(lambda a: a[0], emulated(p, s, x, y))
-    )
-    batch = X.reshape(N, -1, 16), Y.reshape(N, -1, 8)
-    expected, _ = train(first, PARAMS, tx.init(PARAMS), *batch)
-    for result in results:
+        result = first_copy(params)
         chex.assert_trees_all_close(result, expected, rtol=1e-8, atol=atol(name))
+
+
+def emulated(tx, step):
+    """Train on one device, as if on many; return the parameters of the first."""
+    many = jax.vmap(step, in_axes=(None, None, 0, 0), axis_name="data", axis_size=N)
+    first = jax.jit(lambda *args: jax.tree.map(lambda x: x[0], many(*args)))
+    batch = X.reshape(N, -1, 16), Y.reshape(N, -1, 8)
+    params, _ = train(first, PARAMS, tx.init(PARAMS), *batch)
+    return params
+
+
+@KINDS
+@EVERY_ESTIMATOR
+def test_parts_of_each_device_s_batch(name, kind, double):
+    """Accumulated gradients, and the estimate of ``microbatched``."""
+    estimator = make_estimator(name, axis_name="data")
+    tx = ah.adahessian(
+        0.02,
+        estimator=estimator,
+        update_interval=2,
+        clip_threshold=1.0 if name in TURNED else None,
+    )
+    step = make_step(tx, estimator, "fused, two parts", axis_name="data")
+    params, _ = train_on_devices(kind, step, tx, 4)
+    in_parts = ah.microbatched(estimator, 2)
+    tx_in_parts = ah.adahessian(
+        0.02,
+        estimator=in_parts,
+        update_interval=2,
+        clip_threshold=1.0 if name in TURNED else None,
+    )
+    expected = emulated(
+        tx_in_parts, make_step(tx_in_parts, in_parts, "two parts", axis_name="data")
+    )
+    chex.assert_trees_all_close(
+        first_copy(params), expected, rtol=1e-8, atol=atol(name)
+    )
 
 
 @KINDS

@@ -93,7 +93,13 @@ ROWS = {
     "`hutchinson(4)`": "hutchinson n=4",
     "`microbatched(hutchinson(), 8)`": "microbatched 8",
     "`hutchinson`, `low_rank_control(8)`": "low_rank_control",
+    "`low_rank_control(8)`, `microbatched`, 8 parts": (
+        "microbatched 8, low_rank_control"
+    ),
     "`hutchinson`, `gauss_newton_control`": "gauss_newton_control",
+    "`gauss_newton_control`, `microbatched`, 8 parts": (
+        "microbatched 8, gauss_newton_control"
+    ),
     "`optax.contrib`'s Hutchinson": "optax hutchinson",
 }
 

@@ -346,6 +346,13 @@ CONSTRUCTION = {
         ValueError,
         "curvature_batch must be >= 1, got 0.",
     ),
+    "microbatches-and-curvature_batch": (
+        lambda: ah.value_and_grad_with_curvature(
+            loss, ah.hutchinson(), curvature_batch=3, microbatches=2
+        ),
+        ValueError,
+        "curvature_batch and microbatches exclude each other, got 3 and 2.",
+    ),
     "spatial_ndim-zero": (
         lambda: ah.conv_spatial_average(0),
         ValueError,
@@ -804,6 +811,26 @@ USE = {
         ValueError,
         "curvature_batch=4 needs arrays of at least 4 examples, all of the same number"
         " along their first axis, got [(3,)].",
+    ),
+    "fused-microbatches-indivisible": (
+        lambda: fused_update(
+            ah.hutchinson(),
+            loss_fn=lambda p, x: jnp.mean(x) * loss(p),
+            batch=(jnp.ones(3),),
+            microbatches=2,
+        ),
+        ValueError,
+        "batch[0] of shape (3,) cannot be cut along its first axis into 2 equal parts.",
+    ),
+    "microbatches-of-scalars": (
+        lambda: fused_update(
+            ah.hutchinson(),
+            loss_fn=lambda p, x: x * loss(p),
+            batch=(jnp.asarray(2.0),),
+            microbatches=2,
+        ),
+        ValueError,
+        "batch must have an array to cut into 2 parts, got 1 scalars only.",
     ),
     "conv-too-few-axes": (
         lambda: ah.conv_spatial_average(3)(CONV, jnp.ones((3, 3, 2, 4))),

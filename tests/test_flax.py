@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flax linen and NNX training loops, with batch normalisation and dropout."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import flax.nnx
@@ -234,6 +236,44 @@ def test_nnx(kind, jit, path):
 
 
 @nnx_only
+def test_nnx_microbatches():
+    """Means over parts: of loss, gradient and what each makes of batch statistics."""
+    from flax import nnx
+
+    from adahessian_jax.nnx import value_and_grad_with_curvature
+
+    estimator = ah.hutchinson()
+    model = nnx_net(dropout=0.5)
+    optimizer = nnx.Optimizer(
+        model, ah.adahessian(0.05, estimator=estimator), wrt=nnx.Param
+    )
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    before = nnx.as_pure((params, rest))
+
+    def of_part(params, x, y):
+        copy = nnx.merge(graphdef, params, before[1])
+        loss = nnx_loss(copy, x, y)
+        return loss, nnx.as_pure(nnx.state(copy, nnx.Not(nnx.Param)))
+
+    parts = X.reshape(2, -1, *X.shape[1:]), Y.reshape(2, -1)
+    value_and_grad = jax.vmap(
+        jax.value_and_grad(of_part, has_aux=True), in_axes=(None, 0, 0)
+    )
+    (losses, rests), grads = value_and_grad(before[0], *parts)
+    fused = value_and_grad_with_curvature(nnx_loss, estimator, microbatches=2)
+    loss, got, curvature = fused(model, X, Y, optimizer=optimizer)
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-8, atol=1e-10)
+    close(loss, losses.mean())
+    close(nnx.as_pure(got), jax.tree.map(lambda g: g.mean(axis=0), grads))
+    stats = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+    close(stats["norm"], jax.tree.map(lambda s: s.mean(axis=0), rests["norm"]))
+    count = nnx.as_pure(nnx.state(model, nnx.RngCount))
+    was = nnx.as_pure(nnx.state(nnx_net(dropout=0.5), nnx.RngCount))
+    close(count, jax.tree.map(lambda c: c + 1, was))
+    optimizer.update(model, got, curvature=curvature)
+
+
+@nnx_only
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "no-jit"])
 def test_nnx_dropout_has_one_mask_and_moves_on_once(jit):
     """The estimate is that of the value's mask; the generators' counts go up by one."""
@@ -343,8 +383,9 @@ def test_nnx_after_a_failed_update(extra_args, jit):
         ({"estimator": "hutchinson"}, TypeError, "estimator must be an optax"),
         ({"has_aux": 1}, TypeError, "has_aux must be True or False, got 1"),
         ({"curvature_batch": 0}, ValueError, "curvature_batch must be >= 1, got 0"),
+        ({"microbatches": 0}, ValueError, "microbatches must be >= 1, got 0"),
     ],
-    ids=["loss_fn", "estimator", "has_aux", "curvature_batch"],
+    ids=["loss_fn", "estimator", "has_aux", "curvature_batch", "microbatches"],
 )
 def test_nnx_bad_arguments(options, error, message):
     from adahessian_jax.nnx import functional, value_and_grad_with_curvature

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
@@ -128,3 +132,180 @@ def test_inside_the_optimizer():
         state[0].nu,
         diag,
     )
+
+
+# Fused with the accumulation of gradients.
+SOFTMAX = "softmax_cross_entropy"
+MIXED = {**PARAMS, "n": jnp.asarray(2)}
+ESTIMATORS = {
+    "hutchinson": ah.hutchinson(),
+    "samples": ah.hutchinson(2),
+    "low-rank": ah.hutchinson(control_variate=ah.low_rank_control(2)),
+    "gauss-newton-control": ah.hutchinson(
+        control_variate=ah.gauss_newton_control(SOFTMAX)
+    ),
+    "gauss-newton": ah.gauss_newton(SOFTMAX),
+    "in-eigenbasis": ah.in_eigenbasis(ah.gauss_newton(SOFTMAX), n_vectors=2),
+    "optax": optax.contrib.hutchinson_estimator_diag_hessian(),
+}
+OF_PARTS = {
+    "predict_fn": lambda p, *part: predict(p, part),
+    "output_loss": lambda f, x, y: cross_entropy(f, y),
+}
+
+
+def loss_and_outputs(params, x, y):
+    outputs = predict(params, (x, y))
+    return cross_entropy(outputs, y), outputs
+
+
+def fused(estimator, k=4, **options):
+    needs_outputs = getattr(estimator, "needs_outputs", False)
+
+    def loss(params, x, y):
+        return loss_and_outputs(params, x, y)[0]
+
+    return ah.value_and_grad_with_curvature(
+        loss_and_outputs if needs_outputs else loss,
+        estimator,
+        microbatches=k,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_fused_with_accumulated_gradients(name, unroll):
+    """Value and gradient of the whole batch, the estimate that of ``microbatched``."""
+    estimator = ESTIMATORS[name]
+    params = PARAMS if name == "optax" else MIXED
+    tx = ah.adahessian(0.1, estimator=estimator)
+    state = tx.init(params)
+    functions = OF_PARTS if name == "gauss-newton-control" else {}
+    value, grads, curvature = jax.jit(
+        lambda p, s: fused(estimator, unroll=unroll)(p, X, Y, state=s, **functions)
+    )(params, state)
+    whole, expected = jax.value_and_grad(loss_fn, allow_int=True)(params, (X, Y))
+    np.testing.assert_allclose(value, whole, rtol=1e-6)
+    for key in PARAMS:
+        np.testing.assert_allclose(grads[key], expected[key], rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
+    diag, estimator_state = ah.microbatched(estimator, 4).update(
+        None,
+        state[0].estimator_state,
+        params,
+        batch=(X, Y),
+        obj_fn=loss_fn,
+        predict_fn=predict,
+        output_loss=lambda f, part: cross_entropy(f, part[1]),
+    )
+    close = partial(chex.assert_trees_all_close, rtol=1e-4)
+    close(curvature.hessian_diag, diag, atol=1e-5)
+    # A basis' vectors without curvature are known to the root of rounding only.
+    root = float(jnp.finfo(jnp.float32).eps) ** 0.5
+    atol = root if name == "in-eigenbasis" else 1e-5
+    close(curvature.estimator_state, estimator_state, atol=atol)
+    updates, _ = tx.update(grads, state, params, curvature=curvature)
+    chex.assert_tree_all_finite(updates)
+
+
+@pytest.mark.parametrize("refresh", [None, True, False])  # after the first step
+def test_gradients_are_accumulated_whether_or_not_there_is_an_estimate(refresh):
+    estimator = ah.hutchinson()
+    tx = ah.adahessian(0.1, estimator=estimator, update_interval=3)
+    fun = jax.jit(
+        lambda p, s, refresh: fused(estimator)(p, X, Y, state=s, refresh=refresh),
+        static_argnums=2,
+    )
+    params, state = PARAMS, tx.init(PARAMS)
+    for t in range(4):
+        now = True if t == 0 and refresh is False else refresh
+        value, grads, curvature = fun(params, state, now)
+        whole, expected = jax.value_and_grad(loss_fn)(params, (X, Y))
+        np.testing.assert_allclose(value, whole, rtol=1e-5)
+        chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-6)
+        moved = np.any(curvature.estimator_state.key != state[0].estimator_state.key)
+        assert moved == (t % 3 == 0 if now is None else now)
+        updates, state = tx.update(grads, state, params, curvature=curvature)
+        params = optax.apply_updates(params, updates)
+
+
+def test_auxiliary_values_are_put_behind_each_other():
+    def with_aux(params, key, scale, x, y):
+        loss = scale * loss_and_outputs(params, x, y)[0]
+        return loss, {"mean": x.mean(), "noise": jax.random.normal(key)}
+
+    estimator = ah.hutchinson()
+    state = ah.adahessian(0.1, estimator=estimator).init(PARAMS)
+    fun = ah.value_and_grad_with_curvature(
+        with_aux, estimator, has_aux=True, microbatches=4
+    )
+    key, scale = jax.random.key(3), jnp.asarray(2.0)
+    (value, aux), _, _ = fun(PARAMS, key, scale, X, Y, state=state)
+    np.testing.assert_allclose(value, 2 * loss_fn(PARAMS, (X, Y)), rtol=1e-6)
+    means = X.reshape(4, -1).mean(axis=1)
+    np.testing.assert_allclose(aux["mean"], means, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(aux["noise"], jnp.full(4, jax.random.normal(key)))
+
+
+def test_targets_are_cut_with_the_batch():
+    x, scale = jnp.arange(1.0, 5.0), jnp.arange(2.0, 6.0)
+    estimator = ah.gauss_newton(lambda f, s: s * f**2 / 2, event_ndim=0)
+    w = jnp.asarray(1.0)
+    fun = ah.value_and_grad_with_curvature(
+        lambda w, x, s: (jnp.mean(s * (w * x) ** 2) / 2, w * x),
+        estimator,
+        microbatches=2,
+    )
+    state = ah.adahessian(0.1, estimator=estimator).init(w)
+    _, grads, _ = fun(w, x, scale, state=state, targets=scale)
+    np.testing.assert_allclose(grads, jnp.mean(scale * x**2), rtol=1e-6)
+    # With one row in a part there is no noise.
+    one_each = ah.value_and_grad_with_curvature(
+        lambda w, x, s: (jnp.mean(s * (w * x) ** 2) / 2, w * x),
+        estimator,
+        microbatches=4,
+    )
+    _, _, curvature = one_each(w, x, scale, state=state, targets=scale)
+    np.testing.assert_allclose(
+        curvature.hessian_diag, jnp.mean(scale * x**2), rtol=1e-6
+    )
+
+
+def test_half_precision_adds_up_in_single():
+    """256 + 1 is 256 in bfloat16, whatever the number of ones."""
+    w = jnp.ones(3, jnp.bfloat16)
+    x = jnp.ones(128).at[0].set(256.0)
+    estimator = ah.hutchinson()
+    fun = ah.value_and_grad_with_curvature(
+        lambda w, x: jnp.mean(x).astype(w.dtype) * jnp.sum(w),
+        estimator,
+        microbatches=128,
+    )
+    state = ah.adahessian(0.1, estimator=estimator).init(w)
+    value, grads, _ = fun(w, x, state=state)
+    assert value.dtype == grads.dtype == jnp.bfloat16
+    np.testing.assert_allclose(grads.astype(np.float32), 383 / 128, rtol=2**-8)
+
+
+def test_accumulation_costs_no_operations_and_saves_memory():
+    """Of a network whose activations are larger than its parameters."""
+    x = jnp.ones((1024, 6))
+    y = jnp.zeros(1024, int)
+    estimator = ah.gauss_newton(SOFTMAX)
+    state = ah.adahessian(0.1, estimator=estimator).init(PARAMS)
+
+    def compiled(k, **options):
+        fun = fused(estimator, k, **options)
+        step = jax.jit(lambda p, x, y: fun(p, x, y, state=state))
+        return step.lower(PARAMS, x, y).compile()
+
+    whole, parts = compiled(1), compiled(8, unroll=True)
+    assert flops(parts) <= 1.05 * flops(whole)
+    memory = [c.memory_analysis().temp_size_in_bytes for c in (compiled(8), whole)]
+    assert memory[0] < memory[1] / 3
+
+
+def flops(compiled):
+    analysis = compiled.cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]

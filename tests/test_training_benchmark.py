@@ -207,6 +207,7 @@ def test_rates_are_judged_by_all_tuning_seeds():
     assert protocol.tuning_loss(train, task, 3.0, 7) == math.inf
 
 
+@pytest.mark.filterwarnings("ignore:averaging applies to none")  # no embeddings
 @pytest.mark.parametrize("name", CONTENDERS | VARIANTS)
 def test_contender_trains(name):
     """A few steps make the quadratic smaller, and the same seed is the same run."""

@@ -8,6 +8,7 @@ conditions found of other contenders stays in the file.
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -42,6 +43,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of AdamW; by default the task's own")
     parser.add_argument("--batch-size", type=int, help="by default the task's own")
     parser.add_argument(
+        "--depth",
+        type=int,
+        default=1,
+        help="so many of each hidden layer: transformer, autoencoder and diamonds",
+    )
+    parser.add_argument(
         "--evaluated", type=int, help="examples of a loss; by default the task's own"
     )
     parser.add_argument(
@@ -58,7 +65,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=out, help="a directory")
     args = parser.parse_args()
     console = Console()
-    task = TASKS[args.task]()
+    make_task = TASKS[args.task]
+    if args.depth == 1:
+        task = make_task()
+    elif "depth" in inspect.signature(make_task).parameters:
+        task = make_task(depth=args.depth)
+    else:
+        parser.error(f"argument --depth: {args.task} has one depth only")
     if args.batch_size is not None:
         if task.batch_size is None:
             parser.error(f"argument --batch-size: {args.task} has one batch of all")
@@ -79,6 +92,7 @@ def main() -> None:
         "seeds": args.seeds,
         "first_seed": args.first_seed,
         "batch_size": task.batch_size,
+        "depth": args.depth,
         "evaluated": task.evaluated,
         "device": f"{jax.devices()[0].device_kind}, {n_cores()} core(s)",
         "jax": jax.__version__,

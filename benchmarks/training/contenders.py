@@ -185,7 +185,7 @@ CURVED = {
 }
 
 
-def _with_quadratic_model(*, limited: bool) -> Make:
+def _with_quadratic_model(*, limited: bool, **options: Any) -> Make:
     """Let a quadratic model choose the rate, up to that of the search or to any."""
 
     def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
@@ -193,11 +193,18 @@ def _with_quadratic_model(*, limited: bool) -> Make:
         return optax.chain(
             ah.scale_by_adahessian(estimator=estimator, **CURVED),
             optax.add_decayed_weights(WEIGHT_DECAY),
-            ah.scale_by_quadratic_model(**task.loss, max_learning_rate=limit),
+            ah.scale_by_quadratic_model(
+                **task.loss, max_learning_rate=limit, **options
+            ),
             optax.scale_by_learning_rate(learning_rate._replace(peak=1.0)),
         )
 
     return make
+
+
+def _own_rate(**options: Any) -> Contender:
+    make = _with_quadratic_model(limited=False, **options)
+    return Contender(make, in_eigenbasis, 1.0, **SCHEDULE, own_rate=True)
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -239,13 +246,7 @@ CONTENDERS: dict[str, Contender] = {
     "eigenbasis, limited rate": Contender(
         _with_quadratic_model(limited=True), in_eigenbasis, 0.1, **SCHEDULE
     ),
-    "eigenbasis, own rate": Contender(
-        _with_quadratic_model(limited=False),
-        in_eigenbasis,
-        1.0,
-        **SCHEDULE,
-        own_rate=True,
-    ),
+    "eigenbasis, own rate": _own_rate(),
     "relative curvature": Contender(
         _relative(optax.scale_by_adam), gauss_newton, **DELAYED
     ),
@@ -274,6 +275,34 @@ def _per_tensor(path: Any, leaf: jax.Array) -> jax.Array:
 def _per_output(path: Any, leaf: jax.Array) -> jax.Array:
     del path
     return leaf.mean(axis=tuple(range(leaf.ndim - 1)), keepdims=True)
+
+
+def _is_embedding(path: Any) -> bool:
+    return "embedding" in jax.tree_util.keystr(path)
+
+
+def _per_token(path: Any, leaf: jax.Array) -> jax.Array:
+    return leaf.mean(axis=-1, keepdims=True) if _is_embedding(path) else leaf
+
+
+def _adam_for(chosen: Callable[[Any], bool]) -> Make:
+    """Give some tensors to AdamW, at a third of the rate: each near its best."""
+
+    def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
+        lower = learning_rate._replace(peak=learning_rate.peak / 3)
+        groups = {
+            "curved": _adahessian(**CURVED)(learning_rate, estimator, task),
+            "adam": optax.adamw(lower, weight_decay=WEIGHT_DECAY),
+        }
+
+        def labels(params: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, _: "adam" if chosen(path) else "curved", params
+            )
+
+        return optax.partition(groups, labels)
+
+    return make
 
 
 def _variant(estimator: Any = in_eigenbasis, **options: Any) -> Contender:
@@ -307,4 +336,14 @@ VARIANTS: dict[str, Contender] = {
     ),
     "one curvature per tensor": _variant(gauss_newton, averaging=_per_tensor),
     "one curvature per output": _variant(gauss_newton, averaging=_per_output),
+    "one curvature per token": _variant(gauss_newton, averaging=_per_token),
+    "eigenbasis, Adam for embeddings": Contender(
+        _adam_for(_is_embedding), in_eigenbasis, 0.03, **SCHEDULE
+    ),
+    "Adam, eigenbasis for embeddings": Contender(
+        _adam_for(lambda path: not _is_embedding(path)), in_eigenbasis, 0.03, **SCHEDULE
+    ),
+    "own rate, fraction 0.5": _own_rate(fraction=0.5),
+    "own rate, fraction 1": _own_rate(fraction=1.0),
+    "own rate, decay 0.5": _own_rate(decay=0.5),
 }

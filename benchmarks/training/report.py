@@ -80,6 +80,17 @@ def time_to_loss(entry: dict[str, Any], baseline: dict[str, Any], steps: int) ->
     return f"{share:.2f}" if math.isfinite(share) else "never"
 
 
+def good_width(entry: dict[str, Any]) -> str:
+    """Return the width of the good rates as a cell, if there was a search for them."""
+    return f"{entry['width']:.1f}" if len(entry["search"]) > 1 else "-"
+
+
+def of_batch(result: Result) -> str:
+    """Say how large a batch is."""
+    size = result["batch_size"]
+    return "one batch of all" if size is None else f"batches of {size}"
+
+
 def others(earlier: Result, result: Result) -> dict[str, Any]:
     """Return the contenders of an earlier result under the same conditions.
 
@@ -115,7 +126,8 @@ def table(result: Result) -> str:
     lines = [
         f"# {result['task']}",
         "",
-        f"{result['steps']} steps, {result['seeds']} seeds, {result['device']}, JAX"
+        f"{result['steps']} steps, {of_batch(result)}, depth {result['depth']},"
+        f" {result['seeds']} seeds, {result['device']}, JAX"
         f" {result['jax']}. Losses are geometric means over seeds; differences to AdamW"
         " are of validation losses, pair by pair, and lie with two standard errors"
         " between the figures in brackets. Good is a rate whose loss is within 5 % of"
@@ -127,7 +139,7 @@ def table(result: Result) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, entry in found.items():
-        cells = [name, f"{entry['rate']:.3g}", f"{entry['width']:.1f}"]
+        cells = [name, f"{entry['rate']:.3g}", good_width(entry)]
         cells += [f"{entry['cost']:.2f}"]
         for which in ("train", "validation"):
             losses = final(entry["equal steps"], which)
@@ -190,7 +202,7 @@ def of_one(results: dict[str, Result], name: str) -> str:
         for setting in ("equal steps", "equal time"):
             cells.append(change(entry[setting], adamw[setting]))
         cells.append(time_to_loss(entry, adamw, result["steps"]))
-        cells += [f"{entry['width']:.1f}", f"{adamw['width']:.1f}"]
+        cells += [good_width(entry), good_width(adamw)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

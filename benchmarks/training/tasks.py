@@ -73,10 +73,10 @@ def resnet8(batch_size: int = 128) -> Task:
     return _classifier(ResNet8, batch_size)
 
 
-def transformer(batch_size: int = 16) -> Task:
+def transformer(batch_size: int = 16, depth: int = 1) -> Task:
     """Return a decoder-only transformer for Shakespeare's characters."""
     data = load_shakespeare()
-    model = CharTransformer(data.n_classes)
+    model = CharTransformer(data.n_classes, n_layers=2 * depth)
     return Task(
         init=lambda key: model.init(key, data.train.inputs[:1]),
         loss_fn=_cross_entropy_of(model),
@@ -88,10 +88,10 @@ def transformer(batch_size: int = 16) -> Task:
     )
 
 
-def autoencoder(batch_size: int = 128) -> Task:
+def autoencoder(batch_size: int = 128, depth: int = 1) -> Task:
     """Return a deep tanh autoencoder of images, with the squared error of a pixel."""
     train, validation, _ = images()
-    model = Autoencoder()
+    model = Autoencoder(depth=depth)
 
     def loss_fn(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
         x = batch.inputs.reshape(len(batch.inputs), -1)
@@ -110,14 +110,14 @@ def autoencoder(batch_size: int = 128) -> Task:
     )
 
 
-def diamonds(batch_size: int = 256) -> Task:
+def diamonds(batch_size: int = 256, depth: int = 1) -> Task:
     """Return an MLP for the logarithm of the price of a diamond."""
     x, y = _diamonds()
     order = np.random.default_rng(0).permutation(len(y))
     train, validation = (
         Examples(x[rows], y[rows]) for rows in (order[5000:], order[:5000])
     )
-    model = Mlp((128, 128, 1))
+    model = Mlp((128,) * 2 * depth + (1,))
 
     def loss_fn(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
         outputs = model.apply(params, batch.inputs)[:, 0]
@@ -208,7 +208,7 @@ def quadratic() -> Task:
     )
 
 
-TASKS: dict[str, Callable[[], Task]] = {
+TASKS: dict[str, Callable[..., Task]] = {
     "cnn": cnn,
     "resnet8": resnet8,
     "transformer": transformer,
@@ -248,14 +248,15 @@ class TanhMlp(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Six hidden layers with tanh, the narrowest of 16."""
+    """Five hidden layers with tanh, or ``depth`` of each; the narrowest has 16."""
 
     widths: tuple[int, ...] = (256, 64, 16, 64, 256)
+    depth: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map rows of pixels to rows of pixels."""
-        for width in self.widths:
+        for width in np.repeat(self.widths, self.depth).tolist():
             x = nn.tanh(nn.Dense(width)(x))
         return nn.Dense(784)(x)
 
