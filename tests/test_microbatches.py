@@ -304,7 +304,8 @@ def test_accumulation_costs_no_operations_and_saves_memory():
         return step.lower(PARAMS, x, y).compile()
 
     whole, parts = compiled(1), compiled(8, unroll=True)
-    assert flops(parts) <= 1.05 * flops(whole)
+    # Not fewer: XLA counts the body of a loop once, and this is none.
+    np.testing.assert_allclose(flops(parts), flops(whole), rtol=0.05)
     memory = [c.memory_analysis().temp_size_in_bytes for c in (compiled(8), whole)]
     assert memory[0] < memory[1] / 3
 

@@ -118,6 +118,10 @@ def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
     second = run("--only", "Muon")
     assert list(second) == ["SGD", "AdamW", "Muon"]
     assert second["SGD"] == first["SGD"]
+    for options in (("--depth", "2"), ("--batch-size", "8")):
+        with pytest.raises(SystemExit):
+            run("--only", "Muon", *options)
+        assert f"argument {options[0]}: quadratic has one" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("--only", "Muon", "--first-seed", "5")
     error = capsys.readouterr().err
@@ -162,11 +166,27 @@ def test_tables_of_the_docs_are_those_of_the_committed_results():
     assert report.of_one(limited, "eigenbasis, limited rate") in text
     assert report.across_tasks(results, report.at_equal_time) in text
     assert report.across_tasks(results, report.rate) in text
-    order = ["cnn", "transformer", "autoencoder", "diamonds"]
     fresh = {task: read(f"fresh/{task}.json") for task in order}
-    assert report.of_one(fresh, "Gauss-Newton in eigenbasis") in text
-    for path in ("variants/autoencoder.json", "variants/diamonds.json"):
-        assert report.beside(read(path), "Gauss-Newton in eigenbasis") in text
+    changed = {
+        f"{task}, {what}": read(f"{directory}/{task}.json")
+        for directory, task, what in (
+            ("batch_32", "autoencoder", "batches of 32"),
+            ("batch_512", "autoencoder", "batches of 512"),
+            ("batch_32", "diamonds", "batches of 32"),
+            ("batch_2048", "diamonds", "batches of 2048"),
+            ("depth_2", "transformer", "depth 2"),
+            ("depth_2", "autoencoder", "depth 2"),
+            ("depth_4", "autoencoder", "depth 4"),
+            ("depth_2", "diamonds", "depth 2"),
+            ("depth_4", "diamonds", "depth 4"),
+        )
+    }
+    for tables in (fresh, changed):
+        assert report.of_one(tables, "Gauss-Newton in eigenbasis") in text
+        assert report.of_one(tables, "eigenbasis, own rate") in text
+    for task in ("autoencoder", "diamonds", "transformer"):
+        variants = read(f"variants/{task}.json")
+        assert report.beside(variants, "Gauss-Newton in eigenbasis") in text
 
 
 def test_cost_to_reach():
@@ -193,6 +213,22 @@ def test_cost_to_reach():
     assert report.time_to_loss(never, adamw, 100) == "never"
     slow["equal steps"][1]["validation"][-1] = math.nan
     assert report.cost_to_reach(slow, adamw, 100) == math.inf
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "diamonds", "transformer"])
+def test_depth_is_how_often_each_hidden_layer_is_there(name):
+    """The first layers and the last are there once, blocks in between are the same."""
+    pytest.importorskip("plotnine" if name == "diamonds" else "flax")
+    counts = [
+        len(
+            jax.tree.leaves(
+                jax.eval_shape(TASKS[name](depth=k).init, jax.random.key(0))
+            )
+        )
+        for k in (1, 2, 3)
+    ]
+    hidden = {"autoencoder": 5 * 2, "diamonds": 2 * 2, "transformer": 2 * 16}[name]
+    assert np.diff(counts).tolist() == [hidden] * 2
 
 
 def test_rates_are_judged_by_all_tuning_seeds():
