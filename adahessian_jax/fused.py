@@ -62,8 +62,8 @@ def value_and_grad_with_curvature(
         normalisation; with ``has_aux`` the value, gradient and auxiliary values are
         those of the whole batch, and the curvature that of the first examples passed
         through the network again, with statistics of their own.
-      microbatches: cut each array of the batch along its first axis into so many parts,
-        pass them through the network one after the other, and average: accumulation of
+      microbatches: deal the rows of each array of the batch out to so many parts, pass
+        them through the network one after the other, and average: accumulation of
         gradients, in the memory of one part. Every part has probes of its own, which
         makes the estimate less noisy at no cost
         (:func:`adahessian_jax.microbatched`). Scalars, typed keys among them, go to

@@ -36,8 +36,9 @@ def microbatched(
       A transformation whose ``update`` takes ``batch``, a pytree of arrays that are cut
       along their first axis and of scalars that are in every part, and hands to the
       functions ``obj_fn``, ``predict_fn`` and ``output_loss`` one part of it as second
-      argument: ``obj_fn(params, part)``. ``targets`` is cut in the same way. The
-      objective must be a mean over the batch.
+      argument: ``obj_fn(params, part)``. The first of k parts has the rows 0, k, 2 k
+      and so on. ``targets`` is cut in the same way. The objective must be a mean over
+      the batch.
 
     Raises:
       ValueError: if ``microbatches`` < 1; at update, if ``batch`` is missing or not
@@ -93,7 +94,7 @@ _FUNCTIONS = ("obj_fn", "predict_fn", "output_loss")
 
 
 def cut(tree: Any, microbatches: int) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Cut the arrays of a tree along their first axes into parts of the same size.
+    """Deal the rows of a tree's arrays out to parts of the same size.
 
     Args:
       tree: a dictionary, whose keys are the names that errors call the arrays by.
@@ -123,7 +124,10 @@ def cut(tree: Any, microbatches: int) -> tuple[list[Any], Callable[[list[Any]], 
                 f"{name.key}{jax.tree_util.keystr(tuple(rest))} of shape {jnp.shape(x)}"
                 f" cannot be cut along its first axis into {microbatches} equal parts."
             )
-        return jnp.reshape(x, (microbatches, -1, *jnp.shape(x)[1:]))
+        # In turns, so that of a batch that is cut over devices each one has its share
+        # of every part.
+        rows = jnp.reshape(x, (-1, microbatches, *jnp.shape(x)[1:]))
+        return jnp.moveaxis(rows, 1, 0)
 
     def join(part: list[Any]) -> Any:
         new = list(leaves)

@@ -400,6 +400,29 @@ def test_jit_over_a_mesh(kind, path, name, layout, double):
     chex.assert_trees_all_close(got[0], expected[0], rtol=1e-8, atol=atol(name))
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["hutchinson", "gauss-newton"])
+def test_parts_over_a_mesh_leave_rows_where_they_are(kind, name, double):
+    """Each device has a share of every part, and the run is that of one device."""
+    if kind == "Explicit" and not hasattr(jax, "set_mesh"):
+        pytest.skip("this version of JAX has no explicit sharding")
+    estimator = make_estimator(name)
+    tx = ah.adahessian(
+        0.02, estimator=estimator, update_interval=2, relative_damping=0.1
+    )
+    mesh = mesh_of(kind=kind)
+    batch = jax.device_put((X, Y), NamedSharding(mesh, P("data")))
+    params, state = jax.device_put((PARAMS, tx.init(PARAMS)), NamedSharding(mesh, P()))
+    step = jax.jit(make_step(tx, estimator, "fused, two parts"))
+    text = step.lower(params, state, *batch).compile().as_text()
+    for moving in ("all-gather", "all-to-all", "collective-permute"):
+        assert moving not in text
+    got, _ = train(step, params, state, *batch)
+    alone_step = jax.jit(make_step(tx, estimator, "fused, two parts"))
+    expected, _ = train(alone_step, PARAMS, tx.init(PARAMS), X, Y)
+    chex.assert_trees_all_close(got, expected, rtol=1e-8, atol=atol(name))
+
+
 def collectives(step, *args):
     """Count what is exchanged in a compiled program, by kind and shape."""
     text = jax.jit(step).lower(*args).compile().as_text()

@@ -255,7 +255,7 @@ def test_nnx_microbatches():
         loss = nnx_loss(copy, x, y)
         return loss, nnx.as_pure(nnx.state(copy, nnx.Not(nnx.Param)))
 
-    parts = X.reshape(2, -1, *X.shape[1:]), Y.reshape(2, -1)
+    parts = [np.stack([a[::2], a[1::2]]) for a in (X, Y)]
     value_and_grad = jax.vmap(
         jax.value_and_grad(of_part, has_aux=True), in_axes=(None, 0, 0)
     )

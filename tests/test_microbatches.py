@@ -31,7 +31,7 @@ def loss_fn(params, batch):
 
 def part_hessians(k):
     flat, unravel = ravel_pytree(PARAMS)
-    parts = [(x, y) for x, y in zip(X.reshape(k, -1, 6), Y.reshape(k, -1), strict=True)]
+    parts = [(X[i::k], Y[i::k]) for i in range(k)]
     return np.array(
         [jax.hessian(lambda w, p=p: loss_fn(unravel(w), p))(flat) for p in parts]
     )
@@ -191,7 +191,7 @@ def test_fused_with_accumulated_gradients(name, unroll):
         np.testing.assert_allclose(grads[key], expected[key], rtol=1e-4, atol=1e-6)
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, params)
     diags, estimator_state = [], state[0].estimator_state
-    for part in zip(X.reshape(4, -1, 6), Y.reshape(4, -1), strict=True):
+    for part in [(X[i::4], Y[i::4]) for i in range(4)]:
         diag, estimator_state = estimator.update(
             None,
             estimator_state,
@@ -246,7 +246,7 @@ def test_auxiliary_values_are_put_behind_each_other():
     key, scale = jax.random.key(3), jnp.asarray(2.0)
     (value, aux), _, _ = fun(PARAMS, key, scale, X, Y, state=state)
     np.testing.assert_allclose(value, 2 * loss_fn(PARAMS, (X, Y)), rtol=1e-6)
-    means = X.reshape(4, -1).mean(axis=1)
+    means = [X[i::4].mean() for i in range(4)]
     np.testing.assert_allclose(aux["mean"], means, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(aux["noise"], jnp.full(4, jax.random.normal(key)))
 
