@@ -292,22 +292,23 @@ def test_half_precision_adds_up_in_single():
 
 
 def test_accumulation_costs_no_operations_and_saves_memory():
-    """Of a network whose activations are larger than its parameters."""
+    """Of a network whose activations are larger than its parameters and its batch."""
+    params = {"w": jnp.ones((6, 64)), "v": jnp.ones((64, 3))}
     x = jnp.ones((1024, 6))
     y = jnp.zeros(1024, int)
     estimator = ah.gauss_newton(SOFTMAX)
-    state = ah.adahessian(0.1, estimator=estimator).init(PARAMS)
+    state = ah.adahessian(0.1, estimator=estimator).init(params)
 
     def compiled(k, **options):
         fun = fused(estimator, k, **options)
         step = jax.jit(lambda p, x, y: fun(p, x, y, state=state))
-        return step.lower(PARAMS, x, y).compile()
+        return step.lower(params, x, y).compile()
 
     whole, parts = compiled(1), compiled(8, unroll=True)
     # Not fewer: XLA counts the body of a loop once, and this is none.
     np.testing.assert_allclose(flops(parts), flops(whole), rtol=0.05)
     memory = [c.memory_analysis().temp_size_in_bytes for c in (compiled(8), whole)]
-    assert memory[0] < memory[1] / 3
+    assert memory[0] < memory[1] / 4
 
 
 def flops(compiled):
