@@ -203,10 +203,11 @@ def test_fused_with_accumulated_gradients(name, unroll):
         diags.append({k: d for k, d in diag.items() if k != "n"})
     diag = jax.tree.map(lambda *d: sum(d) / 4, *diags)
     close = partial(chex.assert_trees_all_close, rtol=1e-4)
-    close({k: curvature.hessian_diag[k] for k in diag}, diag, atol=1e-5)
-    # A basis' vectors without curvature are known to the root of rounding only.
+    # A basis' vectors without curvature are known to the root of rounding only, and
+    # entries of up to 0.4 are in these bases.
     root = float(jnp.finfo(jnp.float32).eps) ** 0.5
     atol = root if name == "in-eigenbasis" else 1e-5
+    close({k: curvature.hessian_diag[k] for k in diag}, diag, atol=atol)
     close(curvature.estimator_state, estimator_state, atol=atol)
     updates, _ = tx.update(grads, state, params, curvature=curvature)
     chex.assert_tree_all_finite(updates)
