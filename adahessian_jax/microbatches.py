@@ -33,12 +33,11 @@ def microbatched(
         inside a loop are an order of magnitude slower on CPU.
 
     Returns:
-      A transformation whose ``update`` takes ``batch``, a pytree of arrays that are cut
-      along their first axis and of scalars that are in every part, and hands to the
+      A transformation whose ``update`` takes ``batch``, a pytree of arrays whose rows
+      are dealt out to the parts and of scalars that are in every part, and hands to the
       functions ``obj_fn``, ``predict_fn`` and ``output_loss`` one part of it as second
       argument: ``obj_fn(params, part)``. The first of k parts has the rows 0, k, 2 k
-      and so on. ``targets`` is cut in the same way. The objective must be a mean over
-      the batch.
+      and so on, of ``targets`` as well. The objective must be a mean over the batch.
 
     Raises:
       ValueError: if ``microbatches`` < 1; at update, if ``batch`` is missing or not

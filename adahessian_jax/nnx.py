@@ -73,7 +73,7 @@ def value_and_grad_with_curvature(
       has_aux: whether ``loss_fn`` returns auxiliary values as well.
       curvature_batch: estimate from so many first examples only; the others go
         through the network again with all, as with ``has_aux`` there.
-      microbatches: cut the batch into so many parts, as there. Each begins with the
+      microbatches: deal the batch out to so many parts, as there. Each begins with the
         module as it is; its batch statistics become the mean of what the parts make
         of them.
       unroll: compile the parts one after the other, as there.

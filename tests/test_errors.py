@@ -44,6 +44,13 @@ def fused_update(estimator, tx=None, refresh=None, loss_fn=loss, batch=(), **opt
     return tx.update(grads, state, W, curvature=curvature)
 
 
+def fused_update_of_batch(x, **options):
+    def loss_fn(params, x):
+        return jnp.mean(x) * loss(params)
+
+    return fused_update(ah.hutchinson(), loss_fn=loss_fn, batch=(x,), **options)
+
+
 def stale_curvature():
     estimator = ah.hutchinson()
     tx = ah.adahessian(0.1, estimator=estimator)
@@ -802,33 +809,18 @@ USE = {
         "ema_control needs the optimizer's moving average of the Hessian itself:",
     ),
     "curvature_batch-above-batch": (
-        lambda: fused_update(
-            ah.hutchinson(),
-            loss_fn=lambda p, x: jnp.mean(x) * loss(p),
-            batch=(jnp.ones(3),),
-            curvature_batch=4,
-        ),
+        lambda: fused_update_of_batch(jnp.ones(3), curvature_batch=4),
         ValueError,
         "curvature_batch=4 needs arrays of at least 4 examples, all of the same number"
         " along their first axis, got [(3,)].",
     ),
     "fused-microbatches-indivisible": (
-        lambda: fused_update(
-            ah.hutchinson(),
-            loss_fn=lambda p, x: jnp.mean(x) * loss(p),
-            batch=(jnp.ones(3),),
-            microbatches=2,
-        ),
+        lambda: fused_update_of_batch(jnp.ones(3), microbatches=2),
         ValueError,
         "batch[0] of shape (3,) cannot be cut along its first axis into 2 equal parts.",
     ),
     "microbatches-of-scalars": (
-        lambda: fused_update(
-            ah.hutchinson(),
-            loss_fn=lambda p, x: x * loss(p),
-            batch=(jnp.asarray(2.0),),
-            microbatches=2,
-        ),
+        lambda: fused_update_of_batch(jnp.asarray(2.0), microbatches=2),
         ValueError,
         "batch must have an array to cut into 2 parts, got 1 scalars only.",
     ),
