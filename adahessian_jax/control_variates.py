@@ -16,7 +16,12 @@ from adahessian_jax.checks import (
     scalar_function,
 )
 from adahessian_jax.dtypes import is_differentiable
-from adahessian_jax.linearized import gauss_newton_factor, linearize, squared
+from adahessian_jax.linearized import (
+    gauss_newton_factor,
+    linearize,
+    linearize_with_loss,
+    squared,
+)
 from adahessian_jax.moving_average import HessianEMA, debias
 from adahessian_jax.output_losses import as_output_loss, row_weights
 
@@ -30,13 +35,17 @@ class ControlVariate(NamedTuple):
       init: maps parameters to the initial state.
       correct: ``(state, probes, product, *, params, key, axis_name, **extra_args)``
         to the estimate of the diagonal and the new state. ``product()`` is the
-        objective's Hessian times the probes and ``product(fun)`` that of another
-        function; ``axis_name`` is the estimator's and ``extra_args`` are those of its
-        ``update``.
+        objective's Hessian times the probes, and ``product(fun)`` that of ``fun``, a
+        function from parameters to ``(scalar, value)`` that has the objective's
+        gradient and value; ``axis_name`` is the estimator's and ``extra_args`` are
+        those of its ``update``.
+      needs_outputs: as in :class:`adahessian_jax.CurvatureEstimator`. That function
+        ``loss_fn`` and ``has_aux`` are then among ``extra_args``, if there is one.
     """
 
     init: Callable[[optax.Params], Any]
     correct: Callable[..., tuple[optax.Updates, Any]]
+    needs_outputs: bool = False
 
 
 def multiply(probes: optax.Updates, products: optax.Updates) -> optax.Updates:
@@ -140,10 +149,10 @@ def gauss_newton_control(
     (:func:`adahessian_jax.gauss_newton`) and probes the remainder only, which is small
     where the network fits its data. It is unbiased for diag H. It may be negative.
 
-    The products with R cost what those with H cost, and the gradient of the remainder
-    is the gradient of the loss; the factor adds one pullback of the outputs, so that an
-    estimate takes about 1.3 times the operations of plain Hutchinson. There is no
-    state.
+    The products with R cost what those with H cost, and come with the gradient of the
+    loss, which is that of the remainder; the factor adds one pullback of the outputs,
+    so that an estimate takes about 1.3 times the operations of plain Hutchinson. There
+    is no state.
 
     Args:
       loss: as in :func:`adahessian_jax.gauss_newton`.
@@ -154,7 +163,11 @@ def gauss_newton_control(
       A control variate for :func:`adahessian_jax.hutchinson`. Its ``update`` needs no
       ``obj_fn`` but ``predict_fn``, a function from parameters to outputs or to
       ``(outputs, weights)``, and ``output_loss``, the function from outputs to the
-      scalar loss: the objective is ``output_loss(predict_fn(params))``.
+      scalar loss: the objective is ``output_loss(predict_fn(params))``. In
+      :func:`adahessian_jax.value_and_grad_with_curvature` the loss function returns
+      ``(loss, outputs)``, as for :func:`adahessian_jax.gauss_newton`, and
+      ``output_loss`` is a further argument; what the loss has beside it, such as
+      weight decay, is then in the estimate.
 
     Raises:
       ValueError: if an argument is unknown; at update, if ``predict_fn`` or
@@ -187,25 +200,37 @@ def gauss_newton_control(
         params: optax.Params,
         key: jax.Array,
         axis_name: AxisName,
+        loss_fn: Callable[[optax.Params], Any] | None = None,
+        has_aux: bool = False,
         predict_fn: Callable[[optax.Params], Any] | None = None,
         output_loss: Callable[[jax.Array], jax.Array] | None = None,
         targets: Any = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, tuple[()]]:
         del extra_args
-        model = linearize(predict_fn, params)
         if output_loss is None:
             raise ValueError(
                 "gauss_newton_control needs the loss as a function of the outputs and"
                 " got no output_loss. Pass it beside predict_fn: tx.update(grads,"
                 " state, params, predict_fn=lambda p: model.apply(p, x),"
-                " output_loss=lambda outputs: loss(outputs, y))."
+                " output_loss=lambda outputs: loss(outputs, y)); or to what"
+                " value_and_grad_with_curvature makes: value_and_grad(params, x, y,"
+                " state=state, output_loss=...)."
             )
         check_callable("output_loss", output_loss, "outputs -> loss")
-        residual = jax.grad(scalar_function("output_loss", output_loss))(model.outputs)
+        loss_of = scalar_function("output_loss", output_loss)
+        if loss_fn is None:
+            model = linearize(predict_fn, params, loss_of)
+        else:
+            model = linearize_with_loss(loss_fn, params, has_aux=has_aux)
+        slope = jax.grad(loss_of)(model.outputs)
 
-        def remainder(params: optax.Params) -> jax.Array:
-            return jnp.sum(residual * model.predict(params))
+        def remainder(params: optax.Params) -> tuple[jax.Array, Any]:
+            """Return the objective with the output loss in its place on its tangent."""
+            loss, outputs, value = model.evaluate(params)
+            tangent = jnp.sum(slope * outputs)
+            flat = tangent.astype(loss.dtype) - loss_of(outputs).astype(loss.dtype)
+            return loss + flat, value
 
         weights = row_weights(
             model.outputs, model.weights, curvature.event_ndim, reduction, axis_name
@@ -222,4 +247,4 @@ def gauss_newton_control(
         )
         return diag, state
 
-    return ControlVariate(lambda params: (), correct)
+    return ControlVariate(lambda params: (), correct, needs_outputs=True)

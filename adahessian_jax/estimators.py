@@ -23,8 +23,7 @@ from adahessian_jax.checks import (
 )
 from adahessian_jax.control_variates import ControlVariate, multiply
 from adahessian_jax.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax.hvp import check_mode, hvp, value_grad_and_hvp
-from adahessian_jax.hvp import value_and_grad as value_and_grad_of
+from adahessian_jax.hvp import check_mode, value_grad_and_hvp
 from adahessian_jax.masking import explain_masked
 from adahessian_jax.probes import as_key, normal_like, rademacher_like
 from adahessian_jax.protocol import CurvatureEstimator
@@ -148,6 +147,8 @@ def hutchinson(
     if unroll is not None:
         check_flag("unroll", unroll)
 
+    needs_outputs = control_variate is not None and control_variate.needs_outputs
+
     def init_fn(params: optax.Params) -> HutchinsonState:
         check_real("params", params)
         return HutchinsonState(
@@ -177,10 +178,9 @@ def hutchinson(
         has_aux: bool = False,
         **extra_args: Any,
     ) -> tuple[Any, optax.Updates, optax.Updates, HutchinsonState]:
+        if needs_outputs:
+            extra_args = {**extra_args, "loss_fn": fun, "has_aux": has_aux}
         passes, diag, state = estimate(fun, state, params, has_aux, extra_args)
-        if not passes:  # the control variate probed another function
-            varying = as_varying(params, axis_name)
-            passes = [value_and_grad_of(fun, varying, has_aux=has_aux)]
         return *passes[0], diag, state
 
     def estimate(
@@ -200,18 +200,20 @@ def hutchinson(
             check_like("the probe", z, params)
 
             def product(
-                other: Callable[[optax.Params], jax.Array] | None = None,
+                other: Callable[[optax.Params], tuple[jax.Array, Any]] | None = None,
             ) -> optax.Updates:
                 """Multiply the probe by the Hessian, the objective's by default."""
                 if other is not None:
-                    y = hvp(other, params, z, mode=mode)
+                    (_, value), grads, y = value_grad_and_hvp(
+                        other, params, z, mode=mode, has_aux=True
+                    )
                 elif fun is not None:
                     value, grads, y = value_grad_and_hvp(
                         fun, params, z, mode=mode, has_aux=has_aux
                     )
-                    passes.append((value, grads))
                 else:
                     raise ValueError(_needs_obj_fn(extra_args))
+                passes.append((value, grads))
                 return _materialized(key, y)
 
             if control_variate is None:
@@ -251,7 +253,13 @@ def hutchinson(
         diag = _materialized(key, mean_over_axis(diag, axis_name))
         return passes[:1], diag, HutchinsonState(key=key, control_variate=cv_state)
 
-    return CurvatureEstimator(init_fn, update_fn, value_and_grad, axis_name=axis_name)
+    return CurvatureEstimator(
+        init_fn,
+        update_fn,
+        value_and_grad,
+        needs_outputs=needs_outputs,
+        axis_name=axis_name,
+    )
 
 
 def _checked_objective(

@@ -49,8 +49,9 @@ def value_and_grad_with_curvature(
 
     Args:
       loss_fn: ``(params, *batch)`` to the loss, or to ``(loss, aux)`` with ``has_aux``.
-        For :func:`adahessian_jax.gauss_newton` it returns ``(loss, outputs)`` in place
-        of the loss, or ``(loss, (outputs, weights))``.
+        For :func:`adahessian_jax.gauss_newton` and
+        :func:`adahessian_jax.gauss_newton_control` it returns ``(loss, outputs)`` in
+        place of the loss, or ``(loss, (outputs, weights))``.
       estimator: the one that the optimizer was made with.
       has_aux: whether ``loss_fn`` returns auxiliary values, such as new batch
         statistics, as well.
@@ -68,9 +69,9 @@ def value_and_grad_with_curvature(
         makes the estimate less noisy at no cost
         (:func:`adahessian_jax.microbatched`). Scalars, typed keys among them, go to
         every part; of as many keys as parts, each gets one. Functions among further
-        arguments take what is in the batch as well: ``predict_fn(params, *batch)``. The
-        loss must be a mean over examples. Auxiliary values have a new first axis, of
-        parts.
+        arguments take what is in the batch as well: ``output_loss(outputs, *batch)``.
+        The loss must be a mean over examples. Auxiliary values have a new first axis,
+        of parts.
       unroll: compile the parts one after the other in place of a loop. Convolutions
         inside a loop are an order of magnitude slower on CPU.
 

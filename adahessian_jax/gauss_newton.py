@@ -211,9 +211,10 @@ def _estimator(
         del extra_args
         key, keys = split_keys(state)
         params = as_varying(params, axis_name)
-        model, value, grads = linearize_with_loss(fun, params, has_aux=has_aux)
+        model = linearize_with_loss(fun, params, has_aux=has_aux)
+        grads = model.as_params(model.gradient())
         diag = estimate(keys, model, targets)
-        return value, model.as_params(grads), diag, GaussNewtonState(key)
+        return model.value, grads, diag, GaussNewtonState(key)
 
     def split_keys(state: GaussNewtonState) -> tuple[jax.Array, jax.Array]:
         key, subkey = jax.random.split(state.key)

@@ -20,9 +20,13 @@ class LinearizedModel(NamedTuple):
     """A network's outputs at some parameters, and its Jacobian as two functions.
 
     Tangents and cotangents of the parameters are lists of the floating-point leaves.
+    ``evaluate`` maps parameters to loss, outputs and value, where ``value`` is the loss
+    or ``(loss, aux)``.
     """
 
-    predict: Callable[[optax.Params], jax.Array]
+    evaluate: Callable[[optax.Params], tuple[jax.Array, jax.Array, Any]]
+    value: Any
+    gradient: Callable[[], Floats]
     outputs: jax.Array
     weights: jax.Array | None
     pullback: Callable[[jax.Array], Floats]
@@ -32,7 +36,9 @@ class LinearizedModel(NamedTuple):
 
 
 def linearize(
-    predict_fn: Callable[[optax.Params], Any] | None, params: optax.Params
+    predict_fn: Callable[[optax.Params], Any] | None,
+    params: optax.Params,
+    output_loss: Callable[[jax.Array], jax.Array] = lambda outputs: jnp.zeros(()),
 ) -> LinearizedModel:
     """Evaluate a network and prepare products with its Jacobian."""
     if predict_fn is None:
@@ -44,10 +50,12 @@ def linearize(
         )
     explained = _explained(predict_fn, params)
 
-    def with_loss_of_zero(params: optax.Params) -> Any:
-        return jnp.zeros(()), explained(params)
+    def loss_fn(params: optax.Params) -> Any:
+        result = explained(params)
+        outputs, _ = _outputs_and_weights("predict_fn", result)
+        return output_loss(outputs), result
 
-    return _linearize(with_loss_of_zero, params, "predict_fn", has_aux=False)[0]
+    return linearize_with_loss(loss_fn, params, name="predict_fn")
 
 
 def push_forward(
@@ -71,18 +79,6 @@ def push_forward(
     return outputs, weights, tangent
 
 
-def linearize_with_loss(
-    loss_fn: Callable[[optax.Params], Any], params: optax.Params, *, has_aux: bool
-) -> tuple[LinearizedModel, Any, Floats]:
-    """Do as :func:`linearize` for a function that returns loss and outputs.
-
-    Returns:
-      The model, the loss (or ``(loss, aux)``) and its gradient, from one forward pass.
-    """
-    model, value, gradient = _linearize(loss_fn, params, "loss_fn", has_aux=has_aux)
-    return model, value, gradient()
-
-
 def _explained(
     predict_fn: Callable[[optax.Params], Any], params: optax.Params
 ) -> Callable[[optax.Params], Any]:
@@ -100,13 +96,14 @@ def _outputs_and_weights(name: str, result: Any) -> tuple[jax.Array, Any]:
     return outputs, weights
 
 
-def _linearize(
+def linearize_with_loss(
     loss_fn: Callable[[optax.Params], Any],
     params: optax.Params,
-    name: str,
     *,
-    has_aux: bool,
-) -> tuple[LinearizedModel, Any, Callable[[], Floats]]:
+    has_aux: bool = False,
+    name: str = "loss_fn",
+) -> LinearizedModel:
+    """Do as :func:`linearize` for a function that returns loss and outputs."""
     floats, rebuild = split_differentiable(params)
     _, rebuild_diag = split_differentiable(jax.tree.map(jnp.zeros_like, params))
 
@@ -131,8 +128,14 @@ def _linearize(
     def outputs_of(x: Floats) -> jax.Array:
         return loss_and_outputs(rebuild(x))[0][1]
 
-    model = LinearizedModel(
-        predict=lambda params: loss_and_outputs(params)[0][1],
+    def evaluate(params: optax.Params) -> tuple[jax.Array, jax.Array, Any]:
+        (loss, outputs), (_, aux) = loss_and_outputs(params)
+        return loss, outputs, (loss, aux) if has_aux else loss
+
+    return LinearizedModel(
+        evaluate=evaluate,
+        value=(loss, aux) if has_aux else loss,
+        gradient=lambda: pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))[0],
         outputs=outputs,
         weights=weights,
         pullback=lambda s: pullback((jnp.zeros_like(loss), s.astype(outputs.dtype)))[0],
@@ -142,11 +145,6 @@ def _linearize(
             [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
         ),
     )
-
-    def gradient() -> Floats:
-        return pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))[0]
-
-    return model, (loss, aux) if has_aux else loss, gradient
 
 
 def gauss_newton_factor(

@@ -11,7 +11,7 @@ is then drawn many times on that batch:
   its gradient and the estimate, less those of the loss and the gradient alone, in units
   of the latter. Loops are unrolled, because XLA counts a loop's body once.
 
-Run ``python benchmarks/estimator_accuracy.py``: an hour on one core, a few minutes
+Run ``python benchmarks/estimator_accuracy.py``: an hour on one core, two minutes
 with ``--quick``. It needs the ``demo`` extra, for the data and the figure.
 """
 

@@ -706,6 +706,15 @@ USE = {
         "gauss_newton_control needs the loss as a function of the outputs and got no"
         " output_loss.",
     ),
+    "fused-control-without-output_loss": (
+        lambda: fused_update(
+            ah.hutchinson(control_variate=ah.gauss_newton_control("l2_loss")),
+            loss_fn=lambda p: (loss(p), p["w"]),
+        ),
+        ValueError,
+        "gauss_newton_control needs the loss as a function of the outputs and got no"
+        " output_loss.",
+    ),
     "control-output_loss-vector": (
         lambda: estimate(
             ah.hutchinson(control_variate=ah.gauss_newton_control("l2_loss")),

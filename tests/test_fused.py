@@ -255,22 +255,58 @@ def test_takes_any_transformation_as_estimator():
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
-def test_gauss_newton_control_needs_its_functions():
-    """It probes another function, so the gradient comes from a pass of its own."""
+@pytest.mark.parametrize("has_aux", [False, True], ids=["no-aux", "aux"])
+def test_gauss_newton_control(has_aux):
+    """Value and gradient come from its pass, and the estimate is that of ``update``."""
     control = ah.gauss_newton_control("softmax_cross_entropy")
     estimator = ah.hutchinson(control_variate=control)
-    tx = ah.adahessian(0.1, estimator=estimator)
+    tx = ah.adahessian(0.1, eps=1e-3, estimator=estimator)
     state = tx.init(PARAMS)
-    functions = {
-        "predict_fn": lambda p: predict(p, X),
-        "output_loss": lambda f: cross_entropy(f, Y),
-    }
-    fused = ah.value_and_grad_with_curvature(loss_fn, estimator)
-    value, grads, curvature = fused(PARAMS, X, Y, state=state, **functions)
+
+    def loss(p, x, y):
+        result = loss_and_outputs(p, x, y)
+        return (result, {"mean": jnp.mean(x)}) if has_aux else result
+
+    def output_loss(outputs):
+        return cross_entropy(outputs, Y)
+
+    fused = ah.value_and_grad_with_curvature(loss, estimator, has_aux=has_aux)
+    value, grads, curvature = fused(PARAMS, X, Y, state=state, output_loss=output_loss)
+    value, aux = value if has_aux else (value, {"mean": jnp.mean(X)})
     np.testing.assert_allclose(value, loss_fn(PARAMS, X, Y), rtol=1e-6)
+    np.testing.assert_allclose(aux["mean"], jnp.mean(X), rtol=1e-6)
+    exact = float_grads(loss_fn, PARAMS, X, Y)
+    chex.assert_trees_all_close(grads, exact, rtol=1e-5, atol=1e-7)
     updates, _ = tx.update(grads, state, PARAMS, curvature=curvature)
-    expected, _ = tx.update(grads, state, PARAMS, **functions)
+    expected, _ = tx.update(
+        grads,
+        state,
+        PARAMS,
+        predict_fn=lambda p: predict(p, X),
+        output_loss=output_loss,
+    )
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
+def test_gauss_newton_control_of_a_loss_with_weight_decay():
+    """One row of one output: no chance, and the decay is in gradient and Hessian."""
+    x, w = jnp.array([1.0, -2.0, 3.0]), jnp.array([1.0, 0.5, 2.0])
+    estimator = ah.hutchinson(control_variate=ah.gauss_newton_control("l2_loss"))
+
+    def output_loss(outputs):
+        return jnp.mean((outputs - 1) ** 2) / 2
+
+    def loss(w):
+        outputs = jnp.dot(x, w)[None]
+        return output_loss(outputs) + 0.25 * jnp.sum(w**2), outputs
+
+    state = ah.adahessian(0.1, estimator=estimator).init(w)
+    value, grads, curvature = ah.value_and_grad_with_curvature(loss, estimator)(
+        w, state=state, output_loss=output_loss
+    )
+    np.testing.assert_allclose(value, 5**2 / 2 + 0.25 * 5.25, rtol=1e-6)
+    np.testing.assert_allclose(grads, 5 * x + 0.5 * w, rtol=1e-6)
+    np.testing.assert_allclose(curvature.hessian_diag, x**2 + 0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("has_aux", [False, True], ids=["one-pass", "aux"])

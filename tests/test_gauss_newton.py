@@ -375,32 +375,69 @@ def flops(function, *args):
     return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
 
 
+MLP = [jnp.ones(s) / s[0] for s in [(784, 512), (512, 512), (512, 10)]]
+IMAGES, DIGITS = jnp.ones((128, 784)), jnp.zeros(128, jnp.int32)
+
+
+def mlp(params, x):
+    for w in params[:-1]:
+        x = jax.nn.relu(jnp.dot(x, w))
+    return jnp.dot(x, params[-1])
+
+
+def cross_entropy(f, y):
+    picked = jnp.take_along_axis(f, y[:, None], axis=-1)
+    return jnp.mean(jax.nn.logsumexp(f, axis=-1) - picked[:, 0])
+
+
+def mlp_loss(params, x, y):
+    return cross_entropy(mlp(params, x), y)
+
+
+def mlp_loss_and_outputs(params, x, y):
+    outputs = mlp(params, x)
+    return cross_entropy(outputs, y), outputs
+
+
 def test_costs_less_than_072_of_a_gradient():
     """MLP 784-512-512-10, batch 128: beyond the gradient that shares its forward."""
-    sizes = [(784, 512), (512, 512), (512, 10)]
-    params = [jnp.ones(s) / s[0] for s in sizes]
-    x, y = jnp.ones((128, 784)), jnp.zeros(128, jnp.int32)
     estimator = ah.gauss_newton("softmax_cross_entropy")
 
-    def predict(params, x):
-        for w in params[:-1]:
-            x = jax.nn.relu(jnp.dot(x, w))
-        return jnp.dot(x, params[-1])
-
-    def loss_fn(params, x, y):
-        f = predict(params, x)
-        picked = jnp.take_along_axis(f, y[:, None], axis=-1)
-        return jnp.mean(jax.nn.logsumexp(f, axis=-1) - picked[:, 0])
-
     def both(params, state, x, y):
-        grads = jax.grad(loss_fn)(params, x, y)
+        grads = jax.grad(mlp_loss)(params, x, y)
         return grads, estimator.update(
-            grads, state, params, predict_fn=lambda p: predict(p, x)
+            grads, state, params, predict_fn=lambda p: mlp(p, x)
         )
 
-    gradient = flops(jax.grad(loss_fn), params, x, y)
-    total = flops(both, params, estimator.init(params), x, y)
+    gradient = flops(jax.grad(mlp_loss), MLP, IMAGES, DIGITS)
+    total = flops(both, MLP, estimator.init(MLP), IMAGES, DIGITS)
     assert 0.5 * gradient < total - gradient <= 0.72 * gradient
+
+
+def test_control_adds_a_factor_to_hutchinson_and_its_gradient():
+    """The gradient is that of the pass for the product, with nothing of its own."""
+
+    def cost(estimator, loss_fn, **functions):
+        state = ah.adahessian(0.1, estimator=estimator).init(MLP)
+        fused = ah.value_and_grad_with_curvature(loss_fn, estimator)
+        return flops(
+            lambda p, x, y: fused(p, x, y, state=state, **functions),
+            MLP,
+            IMAGES,
+            DIGITS,
+        )
+
+    gauss_newton = ah.gauss_newton("softmax_cross_entropy")
+    factor = cost(gauss_newton, mlp_loss_and_outputs) - flops(
+        jax.grad(mlp_loss), MLP, IMAGES, DIGITS
+    )
+    control = cost(
+        ah.hutchinson(control_variate=ah.gauss_newton_control("softmax_cross_entropy")),
+        mlp_loss_and_outputs,
+        output_loss=lambda f: cross_entropy(f, DIGITS),
+    )
+    expected = cost(ah.hutchinson(), mlp_loss) + factor
+    np.testing.assert_allclose(control, expected, rtol=0.01)
 
 
 def test_memory_of_a_large_vocabulary_is_one_more_array_of_logits():
