@@ -224,12 +224,14 @@ def plot(result: Result, path: Path) -> None:
             else:
                 ax.text(0, y, " diverged", va="center", fontsize=8, color="#777777")
         ax.axvline(0, color="#d55e00", linewidth=1)
-        ax.set_xscale("symlog", linthresh=10)
+        if max(map(abs, ax.get_xlim())) > 60:
+            ax.set_xscale("symlog", linthresh=10)
+            ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=setting, xlabel="validation loss beside AdamW's, %")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     left.set_yticks(ticks, found)
-    left.invert_yaxis()
+    left.set_ylim(len(found) - 0.5, -0.5)
     figure.suptitle(result["task"], fontsize=11)
     figure.savefig(path, dpi=120)
 
