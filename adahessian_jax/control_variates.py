@@ -226,11 +226,10 @@ def gauss_newton_control(
         slope = jax.grad(loss_of)(model.outputs)
 
         def remainder(params: optax.Params) -> tuple[jax.Array, Any]:
-            """Return the objective with the output loss in its place on its tangent."""
+            """Return the objective with the tangent of the output loss in its place."""
             loss, outputs, value = model.evaluate(params)
-            tangent = jnp.sum(slope * outputs)
-            flat = tangent.astype(loss.dtype) - loss_of(outputs).astype(loss.dtype)
-            return loss + flat, value
+            tangent = jnp.sum(slope * outputs).astype(loss.dtype)
+            return loss - loss_of(outputs).astype(loss.dtype) + tangent, value
 
         weights = row_weights(
             model.outputs, model.weights, curvature.event_ndim, reduction, axis_name
