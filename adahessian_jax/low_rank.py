@@ -58,7 +58,8 @@ def low_rank_control(
     is limited by how much the Hessian differs between batches: 2 to 19 times on a fixed
     batch and 1.7 to 5 on changing batches of 128, on networks of a few thousand
     parameters, and none on a transformer of 240,000
-    (``benchmarks/estimator_accuracy.py``).
+    (``benchmarks/estimator_accuracy.py``). Larger batches differ less: with 512 it is 7
+    to 8 times where it was 1.4 to 3.4 with 128 (``benchmarks/control_variates.py``).
 
     The basis is the one of largest weight in :math:`B \leftarrow [\sqrt{\rho} B,
     \sqrt{1 - \rho} y]`, from the eigenvectors of its Gram matrix, with :math:`\rho` the
