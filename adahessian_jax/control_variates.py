@@ -220,7 +220,7 @@ def gauss_newton_control(
         check_callable("output_loss", output_loss, "outputs -> loss")
         loss_of = scalar_function("output_loss", output_loss)
         if loss_fn is None:
-            model = linearize(predict_fn, params, loss_of)
+            model = linearize(predict_fn, params)
         else:
             model = linearize_with_loss(loss_fn, params, has_aux=has_aux)
         slope = jax.grad(loss_of)(model.outputs)
@@ -228,8 +228,11 @@ def gauss_newton_control(
         def remainder(params: optax.Params) -> tuple[jax.Array, Any]:
             """Return the objective with the tangent of the output loss in its place."""
             loss, outputs, value = model.evaluate(params)
-            tangent = jnp.sum(slope * outputs).astype(loss.dtype)
-            return loss - loss_of(outputs).astype(loss.dtype) + tangent, value
+            tangent = jnp.sum(slope * outputs)
+            if loss_fn is None:  # there is nothing but the output loss
+                return tangent, value
+            beside = loss - loss_of(outputs).astype(loss.dtype)
+            return beside + tangent.astype(loss.dtype), value
 
         weights = row_weights(
             model.outputs, model.weights, curvature.event_ndim, reduction, axis_name
