@@ -291,17 +291,19 @@ def test_over_devices(name):
         estimator = test_devices.make_estimator(name)
         tx = recipe(estimator=estimator)
         step = jax.jit(test_devices.make_step(tx, estimator, "fused"))
-        alone = test_devices.train(step, params, tx.init(params), x, y)
+        # Bases are known to rounding after more estimates than they have vectors.
+        trained = test_devices.train(step, params, tx.init(params), x, y, 400)
+        trained = jax.tree.map(np.asarray, trained)
+        alone = test_devices.train(step, *trained, x, y)
         mesh = test_devices.mesh_of(8)
         whole, sharded = (
             NamedSharding(mesh, spec)
             for spec in (test_devices.P(), test_devices.P("data"))
         )
-        start = jax.device_put((params, tx.init(params)), whole)
+        start = jax.device_put(trained, whole)
         batch = jax.device_put((x, y), sharded)
         over_mesh = test_devices.train(step, *start, *batch)
-    atol = test_devices.atol(name) if name == "in-eigenbasis" else 1e-10
-    chex.assert_trees_all_close(over_mesh[0], alone[0], rtol=1e-8, atol=atol)
+    chex.assert_trees_all_close(over_mesh[0], alone[0], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
