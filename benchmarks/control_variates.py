@@ -11,24 +11,20 @@ At some steps each estimator is drawn many times on one batch of that size, and
 
 ``low_rank_control`` learns from the first 400 batches of the training.
 
-Run ``python benchmarks/control_variates.py``: half an hour on one core, a minute with
-``--quick``. Networks can be run one by one (``--nets``). It needs the ``demo`` extra.
+Run ``python benchmarks/control_variates.py``: half an hour on one core, some minutes
+of compilation with ``--quick``. Networks can be run one by one (``--nets``). It needs
+the ``demo`` extra.
 """
 
-import argparse
 import json
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
-from estimator_accuracy import ESTIMATORS, compile_step, draw
-from estimator_nets import NETS, Net, Objective
+from estimator_accuracy import ESTIMATORS, compile_step, draw, machine, make_parser
+from estimator_nets import NETS, Net, Objective, training
 
-import adahessian_jax as ah
 from adahessian_jax.demo.data import batches
 
 Row = dict[str, Any]
@@ -63,14 +59,7 @@ def measure_batch_size(
     steps = {k: compile_step(objective, e, params, batch) for k, e in used.items()}
     states = {k: e.transformation.init(params) for k, e in used.items()}
 
-    tx = optax.adam(net.learning_rate)
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def train_step(params: Any, opt_state: Any, batch: Any) -> Any:
-        grads = jax.grad(objective)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    train_step, opt_state = training(net, objective, params)
 
     def variance(label: str, step: int) -> Row:
         keys = jax.random.split(jax.random.PRNGKey(seed + step), n_draws)
@@ -94,11 +83,11 @@ def measure_batch_size(
             rows.append(
                 {"batch_size": size, "step": step, "loss": loss, "estimators": known}
             )
-        training = next(stream)
+        fresh_batch = next(stream)
         for label, estimator in used.items():
             if estimator.learns_from and step < LEARNT:
-                states[label] = steps[label](params, training, states[label])[3]
-        params, opt_state = train_step(params, opt_state, training)
+                states[label] = steps[label](params, fresh_batch, states[label])[3]
+        params, opt_state = train_step(params, opt_state, fresh_batch)
     return rows
 
 
@@ -137,15 +126,7 @@ def table(result: Row) -> str:
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    default_out = Path(__file__).parent / "results"
-    parser.add_argument("--out", type=Path, default=default_out, help="a directory")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few steps and draws")
-    parser.add_argument("--nets", nargs="+", choices=BATCH_SIZES, metavar="NET")
-    args = parser.parse_args()
+    args = make_parser(__doc__, BATCH_SIZES, "few steps and draws").parse_args()
     at, n_draws = (QUICK_STEPS, 5) if args.quick else (STEPS, 40)
     path = args.out / "control_variates.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -156,12 +137,7 @@ def main() -> None:
             rows += measure_batch_size(NETS[name], size, at, n_draws, args.seed)
             print(name, size, f"{time.perf_counter() - start:.0f} s", flush=True)
         found[name] = {
-            "machine": {
-                "device_kind": jax.devices()[0].device_kind,
-                "cpu_count": os.cpu_count(),
-                "jax": jax.__version__,
-                "adahessian_jax": ah.__version__,
-            },
+            "machine": machine(),
             "seed": args.seed,
             "draws": n_draws,
             "seconds": round(time.perf_counter() - start, 1),

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
-from estimator_nets import NETS, Net, Objective
+from estimator_nets import NETS, Net, Objective, training
 from estimator_report import write_report
 
 import adahessian_jax as ah
@@ -319,14 +320,7 @@ def measure_net(
                 ]
         return result
 
-    tx = optax.adam(net.learning_rate)
-    opt_state = tx.init(params)
-
-    @jax.jit
-    def train_step(params: Any, opt_state: Any, batch: Examples) -> Any:
-        grads = jax.grad(objective)(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    train_step, opt_state = training(net, objective, params)
 
     at = {0: "init", settings.early: "early", settings.late: "late"}
     last = max(step for step, stage in at.items() if stage in stages)
@@ -350,15 +344,15 @@ def measure_net(
         if at.get(step) in stages:
             result["stages"][at[step]] = measure(params, states, step)
             report_progress(name, at[step], result["stages"][at[step]])
-        training = next(stream)
+        fresh_batch = next(stream)
         if step < settings.tracked or step >= settings.late - settings.tracked:
             for label, estimator in estimators.items():
                 if estimator.learns_from:
-                    seen = training if estimator.learns_from == "training" else batch
+                    seen = fresh_batch if estimator.learns_from == "training" else batch
                     states[label] = [
                         steps[label](params, seen, s)[3] for s in states[label]
                     ]
-        params, opt_state = train_step(params, opt_state, training)
+        params, opt_state = train_step(params, opt_state, fresh_batch)
     return result
 
 
@@ -371,30 +365,43 @@ def report_progress(name: str, stage: str, measured: dict[str, Any]) -> None:
     print(f"{name}, {stage} (loss {measured['loss']:.4f}): {line}", flush=True)
 
 
-def main() -> None:
-    """Run the benchmark from the command line."""
+def machine() -> dict[str, Any]:
+    """Say what a result was made on."""
+    return {
+        "platform": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "cpu_count": os.cpu_count(),
+        "jax": jax.__version__,
+        "optax": optax.__version__,
+        "adahessian_jax": ah.__version__,
+    }
+
+
+def make_parser(
+    description: str | None, nets: Iterable[str], quick: str
+) -> argparse.ArgumentParser:
+    """Make a parser of the options that benchmarks of these networks share."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default_out = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=default_out, help="a directory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="two nets, few draws")
-    parser.add_argument("--nets", nargs="+", choices=NETS, metavar="NET")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--nets", nargs="+", choices=nets, metavar="NET")
+    return parser
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = make_parser(__doc__, NETS, "two nets, few draws")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     args = parser.parse_args()
     settings = QUICK if args.quick else Settings()
     names = args.nets or (["tanh MLP", "ReLU CNN"] if args.quick else list(NETS))
     start = time.perf_counter()
     result: dict[str, Any] = {
-        "machine": {
-            "platform": jax.default_backend(),
-            "device_kind": jax.devices()[0].device_kind,
-            "cpu_count": os.cpu_count(),
-            "jax": jax.__version__,
-            "optax": optax.__version__,
-            "adahessian_jax": ah.__version__,
-        },
+        "machine": machine(),
         "settings": settings._asdict() | {"quick": args.quick, "seed": args.seed},
         "nets": {},
     }

@@ -104,6 +104,19 @@ class Objective(NamedTuple):
         }
 
 
+def training(net: Net, objective: Objective, params: Any) -> tuple[Any, Any]:
+    """Return one step of Adam, and its first state."""
+    tx = optax.adam(net.learning_rate)
+
+    @jax.jit
+    def step(params: Any, state: Any, batch: Examples) -> Any:
+        grads = jax.grad(objective)(params, batch)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step, tx.init(params)
+
+
 NETS = {
     "tanh MLP": Net(DenseNet((32, 32), jnp.tanh), partial(digits, 4), 128, 3e-3),
     "ReLU MLP": Net(

@@ -292,7 +292,7 @@ def test_over_devices(name):
         tx = recipe(estimator=estimator)
         step = jax.jit(test_devices.make_step(tx, estimator, "fused"))
         # Bases are known to rounding after more estimates than they have vectors.
-        trained = test_devices.train(step, params, tx.init(params), x, y, 400)
+        trained = test_devices.train(step, params, tx.init(params), x, y, 100)
         trained = jax.tree.map(np.asarray, trained)
         alone = test_devices.train(step, *trained, x, y)
         mesh = test_devices.mesh_of(8)
