@@ -3,9 +3,15 @@
 
 import os
 
-# Several CPU devices for the tests that map over devices; read when JAX starts.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Read when JAX starts. Several CPU devices for the tests that map over devices, and
+# little optimisation of machine code: tests compile for longer than they compute. What
+# the flag leaves alone are XLA's own passes, and so operations and memory as counted.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),  # the last of two settings holds
+    ]
 )
 
 import flax.nnx

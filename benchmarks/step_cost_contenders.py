@@ -96,19 +96,22 @@ def recipes(net: Network) -> dict[str, Recipe]:
         tx = ah.adahessian(LEARNING_RATE, estimator=estimator)
         return Recipe(tx, (fused(tx, estimator, **options),))
 
-    def every_10(estimator: Any, reuse: bool = True, **options: Any) -> Recipe:
+    def delayed(
+        estimator: Any,
+        interval: int = INTERVAL,
+        curvature_batch: int | None = None,
+        **options: Any,
+    ) -> Recipe:
         tx = ah.adahessian(
-            LEARNING_RATE,
-            estimator=estimator,
-            update_interval=INTERVAL,
-            reuse_estimate=reuse,
+            LEARNING_RATE, estimator=estimator, update_interval=interval, **options
         )
         return Recipe(
             tx,
             tuple(
-                fused(tx, estimator, refresh, **options) for refresh in (True, False)
+                fused(tx, estimator, refresh, curvature_batch=curvature_batch)
+                for refresh in (True, False)
             ),
-            (1 / INTERVAL, 1 - 1 / INTERVAL),
+            (1 / interval, 1 - 1 / interval),
         )
 
     def every_10_by_cond(estimator: Any) -> Recipe:
@@ -163,17 +166,25 @@ def recipes(net: Network) -> dict[str, Recipe]:
         "optax.adam": Recipe(adam, (with_objective(adam),)),
         "every step": every_step(ah.hutchinson()),
         "every step, obj_fn": Recipe(plain, (with_objective(plain),)),
-        "every 10": every_10(ah.hutchinson()),
-        "every 10, no reuse": every_10(ah.hutchinson(), reuse=False),
+        "every 10": delayed(ah.hutchinson()),
+        "every 10, no reuse": delayed(ah.hutchinson(), reuse_estimate=False),
         "every 10, cond": every_10_by_cond(ah.hutchinson()),
-        "every 10, quarter batch": every_10(ah.hutchinson(), curvature_batch=part),
-        "every 10, quarter batch, no reuse": every_10(
-            ah.hutchinson(), reuse=False, curvature_batch=part
+        "every 10, quarter batch": delayed(ah.hutchinson(), curvature_batch=part),
+        "every 10, quarter batch, no reuse": delayed(
+            ah.hutchinson(), reuse_estimate=False, curvature_batch=part
         ),
         "4 probes": every_step(ah.hutchinson(4)),
         "4 probes, scan": scanned_probes(4),
         "Gauss-Newton": every_step(factor),
-        "Gauss-Newton, every 10": every_10(factor),
+        "Gauss-Newton, every 10": delayed(factor),
+        "eigenbasis, every 20": delayed(
+            ah.in_eigenbasis(factor),
+            interval=20,
+            b2=0.9,
+            hessian_ema="mean",
+            reuse_estimate=False,
+            clip_threshold=0.1,
+        ),
         "optax sophia": sophia(1),
         "optax sophia, every 10": sophia(INTERVAL),
     }

@@ -29,6 +29,7 @@ CONTENDERS = {  # name: what it is
     "4 probes, scan": "one probe with the gradient, three more in `jax.lax.scan`",
     "Gauss-Newton": "`gauss_newton`, every step",
     "Gauss-Newton, every 10": "`gauss_newton`, every 10 steps, chosen on the host",
+    "eigenbasis, every 20": "`gauss_newton` `in_eigenbasis`, chosen on the host",
     "optax sophia": "`optax.contrib.sophia`, `update_interval=1`",
     "optax sophia, every 10": "`optax.contrib.sophia`, `update_interval=10`",
     "somax": "python-somax 1.0.1, `adahessian`, every step",
