@@ -3,14 +3,15 @@
 
 import os
 
-# Read when JAX starts. Several CPU devices for the tests that map over devices, and
-# little optimisation of machine code: tests compile for longer than they compute. What
-# the flag leaves alone are XLA's own passes, and so operations and memory as counted.
+# Read when JAX starts; the last of two settings of a flag holds. Little optimisation of
+# machine code, unless asked for: tests compile for longer than they compute. XLA's own
+# passes, and so operations and memory as counted, are as ever. Then several CPU devices
+# for the tests that map over devices.
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        os.environ.get("XLA_FLAGS", ""),  # the last of two settings holds
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
     ]
 )
 
