@@ -27,6 +27,17 @@ if not hasattr(flax.nnx, "as_pure"):  # Flax before 0.12
     collect_ignore.append("adahessian_jax/nnx.py")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """Let go of a module's compiled programs once its tests are done.
+
+    Each takes several of the 65,530 memory mappings that Linux allows a process; all of
+    them together can be more than that, which ends the process without a message.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Run one test in double precision."""
