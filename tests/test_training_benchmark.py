@@ -23,6 +23,7 @@ from benchmarks.training.contenders import (
     WarmupCosine,
     sophia,
 )
+from benchmarks.training.rate_per_tensor import scale_by_rate_per_tensor
 from benchmarks.training.tasks import TASKS, quadratic
 
 pytestmark = pytest.mark.skipif(
@@ -293,6 +294,32 @@ def test_sophia_is_that_of_optax():
         params, state = step(params, state)
     run = train(1e-2, 0, steps)
     np.testing.assert_allclose(run.train[-1], loss(params), rtol=1e-4)
+
+
+def test_rates_per_tensor_reach_the_minimum_along_all_updates():
+    """Of a loss that is its quadratic model, in one step without damping."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = {"a": (6, 3), "b": (4, 3), "c": (3,)}
+    x, z, y = (
+        jax.random.normal(k, (16, n)) for k, n in zip(keys, (6, 4, 3), strict=False)
+    )
+
+    def predict(p):
+        return x @ p["a"] + z @ p["b"] + p["c"] - y
+
+    def loss(p):
+        return jnp.mean(predict(p) ** 2)
+
+    params = {name: jax.random.normal(keys[3], shapes[name]) for name in shapes}
+    grads = jax.grad(loss)(params)
+    tx = scale_by_rate_per_tensor("squared_error", 1.0, decay=0.0, damping=0.0)
+    state = tx.init(params)
+    steps, _ = tx.update(grads, state, params, grad=grads, predict_fn=predict)
+    reached = jax.tree.map(jnp.subtract, params, steps)
+    for name, slope in jax.grad(loss)(reached).items():
+        along = jnp.vdot(slope, grads[name])
+        assert abs(along) < 1e-4 * jnp.vdot(grads[name], grads[name])
+        assert (steps[name] / grads[name]).ravel()[0] > 0
 
 
 SMALL = [name for name in TASKS if name not in ("diamonds", "resnet8", "cnn")]

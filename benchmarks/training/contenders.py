@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import adahessian_jax as ah
+from benchmarks.training.rate_per_tensor import scale_by_rate_per_tensor
 from benchmarks.training.tasks import Task
 
 
@@ -185,25 +186,28 @@ CURVED = {
 }
 
 
-def _with_quadratic_model(*, limited: bool, **options: Any) -> Make:
+def _with_quadratic_model(
+    model: Callable[..., Any] = ah.scale_by_quadratic_model,
+    *,
+    limited: bool = False,
+    **options: Any,
+) -> Make:
     """Let a quadratic model choose the rate, up to that of the search or to any."""
 
     def make(learning_rate: Any, estimator: Any, task: Task) -> Any:
-        limit = learning_rate.peak if limited else None
+        limit = {"max_learning_rate": learning_rate.peak} if limited else {}
         return optax.chain(
             ah.scale_by_adahessian(estimator=estimator, **CURVED),
             optax.add_decayed_weights(WEIGHT_DECAY),
-            ah.scale_by_quadratic_model(
-                **task.loss, max_learning_rate=limit, **options
-            ),
+            model(**task.loss, **limit, **options),
             optax.scale_by_learning_rate(learning_rate._replace(peak=1.0)),
         )
 
     return make
 
 
-def _own_rate(**options: Any) -> Contender:
-    make = _with_quadratic_model(limited=False, **options)
+def _own_rate(*model: Callable[..., Any], **options: Any) -> Contender:
+    make = _with_quadratic_model(*model, **options)
     return Contender(make, in_eigenbasis, 1.0, **SCHEDULE, own_rate=True)
 
 
@@ -346,4 +350,6 @@ VARIANTS: dict[str, Contender] = {
     "own rate, fraction 0.5": _own_rate(fraction=0.5),
     "own rate, fraction 1": _own_rate(fraction=1.0),
     "own rate, decay 0.5": _own_rate(decay=0.5),
+    "own rate per tensor": _own_rate(scale_by_rate_per_tensor),
+    "own rate per tensor, damping 1": _own_rate(scale_by_rate_per_tensor, damping=1.0),
 }
