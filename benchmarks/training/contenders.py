@@ -187,9 +187,9 @@ CURVED = {
 
 
 def _with_quadratic_model(
-    model: Callable[..., Any] = ah.scale_by_quadratic_model,
     *,
-    limited: bool = False,
+    limited: bool,
+    model: Callable[..., Any] = ah.scale_by_quadratic_model,
     **options: Any,
 ) -> Make:
     """Let a quadratic model choose the rate, up to that of the search or to any."""
@@ -206,8 +206,8 @@ def _with_quadratic_model(
     return make
 
 
-def _own_rate(*model: Callable[..., Any], **options: Any) -> Contender:
-    make = _with_quadratic_model(*model, **options)
+def _own_rate(**options: Any) -> Contender:
+    make = _with_quadratic_model(limited=False, **options)
     return Contender(make, in_eigenbasis, 1.0, **SCHEDULE, own_rate=True)
 
 
@@ -350,6 +350,8 @@ VARIANTS: dict[str, Contender] = {
     "own rate, fraction 0.5": _own_rate(fraction=0.5),
     "own rate, fraction 1": _own_rate(fraction=1.0),
     "own rate, decay 0.5": _own_rate(decay=0.5),
-    "own rate per tensor": _own_rate(scale_by_rate_per_tensor),
-    "own rate per tensor, damping 1": _own_rate(scale_by_rate_per_tensor, damping=1.0),
+    "own rate per tensor": _own_rate(model=scale_by_rate_per_tensor),
+    "own rate per tensor, damping 1": _own_rate(
+        model=scale_by_rate_per_tensor, damping=1.0
+    ),
 }
