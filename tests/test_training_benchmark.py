@@ -51,6 +51,22 @@ def test_search_reaches_as_far_as_asked():
     np.testing.assert_allclose(list(tried), 10.0 ** np.arange(-3.5, -0.4, 0.5))
 
 
+def test_search_does_not_try_again_what_is_known():
+    def score(rate):
+        tried.append(rate)
+        return math.log(rate / 3e-2) ** 2 if rate < 1 else math.inf
+
+    tried = []
+    wide = protocol.search(score, 1e-2, reach=4)
+    known = {float(f"{rate:.4g}"): loss for rate, loss in wide.items()}
+    tried.clear()
+    assert protocol.search(score, 1e-2, known=known) == wide
+    assert not tried
+    del known[max(known)], known[min(known)]
+    assert protocol.search(score, 1e-2, reach=4, known=known) == wide
+    assert tried == [min(wide), max(wide)]
+
+
 def test_search_survives_divergence():
     """Also where all but the least rates diverge."""
     found = protocol.search(lambda rate: rate if rate < 1e-3 else math.inf, 1e-2)
@@ -133,7 +149,12 @@ def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
     assert list(third["eigenbasis, own rate"]["search"]) == ["1"]
     assert third["AdamW"]["search"] == first["AdamW"]["search"]
     assert not list(tmp_path.glob("*_rates.png"))
-    run("--only", "SGD", "eigenbasis, own rate", "--reach", "2")
+    wide = run("--only", "SGD", "eigenbasis, own rate", "--reach", "2")["AdamW"]
+    assert len(wide["search"]) > len(first["AdamW"]["search"])
+    for only, expected in (("Muon", wide), ("AdamW", first["AdamW"])):
+        again = run("--only", only)["AdamW"]
+        for key in ("search", "rate", "width"):
+            assert again[key] == expected[key], only
     assert (tmp_path / "quadratic_rates.png").stat().st_size > 10_000
     monkeypatch.setattr("benchmarks.training.__main__.CONTENDERS", {"SGD"})
     assert list(run("--first-seed", "5")) == ["SGD", "AdamW"]  # all anew

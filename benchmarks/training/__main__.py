@@ -4,7 +4,8 @@
 Learning rates are searched with seeds that are used for nothing else, then each
 contender is run with others, at AdamW's number of steps and in AdamW's time. Writes a
 JSON file, a table and a plot. With --only, what an earlier run under the same
-conditions found of other contenders stays in the file.
+conditions found of other contenders stays in the file, and so does its search of
+AdamW's rate.
 """
 
 import argparse
@@ -116,7 +117,10 @@ def main() -> None:
         if fixed is not None and name != "AdamW":
             found = {fixed: score(fixed)}
         else:
-            found = protocol.search(score, start, reach=args.reach)
+            known = {}
+            if name in others and name not in args.only:  # AdamW, as the baseline
+                known = report.rates_tried(others[name])
+            found = protocol.search(score, start, reach=args.reach, known=known)
         result["contenders"][name] = {
             "search": {f"{rate:.4g}": loss for rate, loss in found.items()},
             "rate": protocol.best_rate(found),
@@ -148,8 +152,8 @@ def main() -> None:
     path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
     report.plot(result, path.with_suffix(".png"))
     if args.reach > 1:
-        searches = {name: result["contenders"][name]["search"] for name in names}
-        report.plot_rates(searches, path.with_name(f"{args.task}_rates.png"))
+        entries = {name: result["contenders"][name] for name in names}
+        report.plot_rates(entries, path.with_name(f"{args.task}_rates.png"))
     console.print(report.table(result), markup=False)
 
 

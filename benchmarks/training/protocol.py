@@ -3,7 +3,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -197,16 +198,17 @@ def search(
     start: float,
     *,
     reach: int = 1,
+    known: Mapping[float, float] = MappingProxyType({}),
     max_steps: int = 12,
 ) -> dict[float, float]:
     """Return the score of learning rates around the best, which has the least.
 
     The rates lie half a decade apart. So many to either side of the first are tried at
-    least, and more at either edge until the best is not there.
+    least, and more at either edge until the best is not there. What is known from an
+    earlier search from the same start is kept, and not tried again.
     """
-    found: dict[int, float] = {}
-
-    missing = list(range(-reach, reach + 1))
+    found = {round(math.log(r / start, FACTOR)): loss for r, loss in known.items()}
+    missing = [k for k in range(-reach, reach + 1) if k not in found]
     for _ in range(max_steps):
         for power in missing:
             found[power] = score(start * FACTOR**power)

@@ -85,6 +85,14 @@ def good_width(entry: dict[str, Any]) -> str:
     return f"{entry['width']:.1f}" if len(entry["search"]) > 1 else "-"
 
 
+def rates_tried(entry: dict[str, Any]) -> dict[float, float]:
+    """Return the loss of each rate of a search, infinite where it diverged."""
+    return {
+        float(rate): math.inf if loss is None else loss
+        for rate, loss in entry["search"].items()
+    }
+
+
 def of_batch(result: Result) -> str:
     """Say how large a batch is."""
     size = result["batch_size"]
@@ -236,7 +244,7 @@ def plot(result: Result, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_rates(searches: dict[str, dict[str, float]], path: Path) -> None:
+def plot_rates(entries: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the losses that searches found over the learning rate.
 
     Those above twice the least are not shown.
@@ -245,14 +253,14 @@ def plot_rates(searches: dict[str, dict[str, float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     least = math.inf
-    for name, search in searches.items():
-        rates = [float(rate) for rate in search]
-        losses = [x if x is not None else math.inf for x in search.values()]
+    for name, entry in entries.items():
+        tried = rates_tried(entry)
+        losses = list(tried.values())
         least = min(least, *losses)
-        if len(search) == 1:
+        if len(tried) == 1:
             ax.axhline(losses[0], color="#777777", linestyle="--", label=name)
         else:
-            ax.plot(rates, losses, "o-", label=name)
+            ax.plot(list(tried), losses, "o-", label=name)
     ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
     ax.set(ylim=(0.97 * least, 2 * least), title=path.stem.replace("_", ", "))
     ax.grid(alpha=0.3)
