@@ -146,7 +146,7 @@ def adahessian(
       clip_threshold=0.1`` with ``estimator=in_eigenbasis(gauss_newton(loss))`` and a
       learning rate of 0.01 to 0.1. For the published forms with ``update_interval=10,
       initial_refreshes=50`` the same searches ended at 0.3 to 3, or 0.03 to 1 for that
-      with ``hessian_power=0.5``.
+      with ``hessian_power=0.5``, which is safer with ``eps=0.01``: start from 0.3.
 
     .. note::
       Second derivatives can be infinite or NaN where value and gradient are fine, and

@@ -211,6 +211,21 @@ def test_tables_of_the_docs_are_those_of_the_committed_results():
         "seeds 200 to 204": read("fast_pools_fresh/cnn.json"),
     }
     assert report.of_one(fast_pools, "eigenbasis, own rate") in text
+    settings = {}
+    for task in ("cnn", "resnet8", "transformer", "autoencoder"):
+        safe = read(f"safe/{task}.json")["contenders"]
+        settings[task] = {"contenders": results[task]["contenders"] | safe}
+    delayed = {
+        "AdaHessian, paper": "paper, delayed",
+        "AdaHessian, davda54": "davda54, delayed",
+        "Zack-Dugue, eps=0.01": "Zack-Dugue, eps=0.01, delayed",
+    }
+    for found in settings.values():
+        rates = {
+            found["contenders"][n]["rate"] for pair in delayed.items() for n in pair
+        }
+        np.testing.assert_allclose(sorted(rates), 0.3)
+    assert report.of_delay(settings, delayed) in text
     for task in ("autoencoder", "diamonds", "transformer"):
         variants = read(f"variants/{task}.json")
         assert report.beside(variants, "Gauss-Newton in eigenbasis") in text

@@ -315,8 +315,14 @@ def _variant(estimator: Any = in_eigenbasis, **options: Any) -> Contender:
     return Contender(_adahessian(**options), estimator, 0.03, **schedule)
 
 
-# What was tried on the way to the last recommendation; only run if it is asked for.
+# What was tried on the way to what is recommended; only run if it is asked for.
 VARIANTS: dict[str, Contender] = {
+    "Zack-Dugue, eps=0.01": Contender(
+        _adahessian(eps=0.01, **ZACK_DUGUE), gaussian, 0.3
+    ),
+    "Zack-Dugue, eps=0.01, delayed": Contender(
+        _adahessian(eps=0.01, **ZACK_DUGUE, **DELAYED), gaussian, 0.3, **DELAYED
+    ),
     "eigenbasis, short axes only": _variant(partial(in_eigenbasis, n_vectors=0)),
     "eigenbasis, 16 vectors": _variant(partial(in_eigenbasis, n_vectors=16)),
     "eigenbasis, 32 vectors": _variant(partial(in_eigenbasis, n_vectors=32)),

@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ def final(runs: list[dict[str, Any]], which: str = "validation") -> np.ndarray:
     return np.where(np.isfinite(last), last, np.inf)
 
 
-def difference(runs: list[Any], baseline: list[Any]) -> tuple[float, float, float]:
+def difference(
+    runs: list[Any], baseline: list[Any], which: str = "validation"
+) -> tuple[float, float, float]:
     """Return by how much, relative to a baseline, the loss differs, and its bounds.
 
     Means are geometric, because losses may span orders of magnitude, and of pairs with
     the same seed. The bounds are two standard errors away. All three are infinite if a
     run diverged.
     """
-    ratio = np.log(final(runs) / final(baseline))
+    ratio = np.log(final(runs, which) / final(baseline, which))
     if not np.isfinite(ratio).all():
         return math.inf, math.inf, math.inf
     error = ratio.std(ddof=1) / math.sqrt(len(ratio)) if len(ratio) > 1 else math.nan
@@ -68,9 +70,11 @@ def cost_to_reach(entry: dict[str, Any], baseline: dict[str, Any], steps: int) -
     return float(min(reached))
 
 
-def change(runs: list[Any], baseline: list[Any], unit: str = "") -> str:
+def change(
+    runs: list[Any], baseline: list[Any], unit: str = "", which: str = "validation"
+) -> str:
     """Return a difference in percent, with its bounds, as a table's cell."""
-    mean, low, high = (f"{100 * x:+.3g}" for x in difference(runs, baseline))
+    mean, low, high = (f"{100 * x:+.3g}" for x in difference(runs, baseline, which))
     return "diverged" if mean == "+inf" else f"{mean}{unit} ({low} to {high})"
 
 
@@ -159,9 +163,13 @@ def table(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
-def across_tasks(results: dict[str, Result], cell: Callable[[Result, str], str]) -> str:
-    """Lay out a cell for each contender on each task."""
-    names = dict.fromkeys(n for r in results.values() for n in r["contenders"])
+def across_tasks(
+    results: dict[str, Result],
+    cell: Callable[[Result, str], str],
+    names: Iterable[str] = (),
+) -> str:
+    """Lay out a cell for each contender, or each that is named, on each task."""
+    names = names or dict.fromkeys(n for r in results.values() for n in r["contenders"])
     lines = [
         "| | " + " | ".join(results) + " |",
         "|---|" + "---|" * len(results),
@@ -195,6 +203,20 @@ def beside(result: Result, name: str) -> str:
             cell = change(entry["equal steps"], found[name]["equal steps"])
             lines.append(f"| {other} | {rate(result, other)} | {cell} |")
     return "\n".join(lines) + "\n"
+
+
+def of_delay(results: dict[str, Result], delayed: dict[str, str]) -> str:
+    """Lay out by how much delayed estimates change the training loss, at equal steps.
+
+    ``delayed`` has the name of the contender with delayed estimates for that without.
+    """
+
+    def cell(result: Result, name: str) -> str:
+        found = result["contenders"]
+        runs = found[delayed[name]]["equal steps"]
+        return change(runs, found[name]["equal steps"], which="train")
+
+    return across_tasks(results, cell, delayed)
 
 
 def of_one(results: dict[str, Result], name: str) -> str:
