@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from jax import Array
 
 from adahessian_jax import fused
-from adahessian_jax.checks import check_callable, check_flag
-from adahessian_jax.dtypes import is_differentiable
-from adahessian_jax.masking import fill_masked
+from adahessian_jax._src.checks import check_callable, check_flag
+from adahessian_jax._src.dtypes import is_differentiable
+from adahessian_jax._src.masking import fill_masked
 
 
 def functional(
@@ -51,33 +52,41 @@ def functional(
     """
     check_callable("fun", fun, "module -> result")
     graphdef, params, rest = _split(model, wrt)
-    return lambda p: fun(nnx.merge(graphdef, fill_masked(p, params), rest))
+
+    def of_params(some: optax.Params) -> Any:
+        try:
+            whole = fill_masked(some, params)
+        except ValueError as error:
+            raise ValueError(
+                "The optimizer's parameters are other variables of the module than"
+                f" wrt={wrt!r}: call functional(fun, model, wrt=...) with the wrt that"
+                " nnx.Optimizer was made with."
+            ) from error
+        return _called("fun", fun, nnx.merge(graphdef, whole, rest))
+
+    return of_params
 
 
 def value_and_grad_with_curvature(
     loss_fn: Callable[..., Any],
-    estimator: optax.GradientTransformation,
     *,
     has_aux: bool = False,
-    curvature_batch: int | None = None,
     microbatches: int = 1,
+    reduction: str | None = None,
     unroll: bool = False,
-    wrt: Any = nnx.Param,
 ) -> Callable[..., tuple[Any, optax.Updates, Any]]:
     """Do as :func:`adahessian_jax.value_and_grad_with_curvature` for modules.
 
     Args:
       loss_fn: ``(model, *batch)`` to the loss, or to what an estimator or ``has_aux``
-        want in its place.
-      estimator: the one that the optimizer was made with.
+        want in its place. The estimator is the optimizer's, and so are the variables
+        that are the parameters.
       has_aux: whether ``loss_fn`` returns auxiliary values as well.
-      curvature_batch: estimate from so many first examples only; the others go
-        through the network again with all, as with ``has_aux`` there.
       microbatches: deal the batch out to so many parts, as there. Each begins with the
         module as it is; its batch statistics become the mean of what the parts make
         of them.
+      reduction: ``"mean"`` or ``"sum"`` over the parts, as there.
       unroll: compile the parts one after the other, as there.
-      wrt: which variables are the parameters, as in ``nnx.Optimizer``.
 
     Returns:
       A function ``(model, *batch, optimizer, refresh=None)`` to ``(value, grads,
@@ -86,9 +95,8 @@ def value_and_grad_with_curvature(
       of random number generators move on once.
 
     Raises:
-      ValueError: if ``curvature_batch`` or ``microbatches`` < 1, or both are given; at
-        the call, if an array of the batch has fewer examples or cannot be cut into
-        equal parts.
+      ValueError: if ``microbatches`` < 1; at the call, if the optimizer has no
+        curvature, or an array of the batch cannot be cut into equal parts.
       TypeError: if an argument is of the wrong type.
 
     Examples:
@@ -99,7 +107,7 @@ def value_and_grad_with_curvature(
       >>> model, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), jnp.ones((4, 2))
       >>> optimizer = nnx.Optimizer(model, ah.adahessian(0.1), wrt=nnx.Param)
       >>> value_and_grad = value_and_grad_with_curvature(
-      ...   lambda model, x: jnp.mean(model(x) ** 2), ah.hutchinson())
+      ...   lambda model, x: jnp.mean(model(x) ** 2))
       >>> loss, grads, curvature = value_and_grad(model, x, optimizer=optimizer)
       >>> updates = optimizer.update(model, grads, curvature=curvature)
     """
@@ -107,11 +115,11 @@ def value_and_grad_with_curvature(
     check_flag("has_aux", has_aux)
     options: dict[str, Any] = {
         "has_aux": True,
-        "curvature_batch": curvature_batch,
         "microbatches": microbatches,
+        "reduction": reduction,
         "unroll": unroll,
     }
-    fused.value_and_grad_with_curvature(loss_fn, estimator, **options)  # checks them
+    fused.value_and_grad_with_curvature(loss_fn, optax.identity(), **options)  # checks
 
     def value_and_grad_fn(
         model: nnx.Module,
@@ -120,17 +128,18 @@ def value_and_grad_with_curvature(
         refresh: bool | None = None,
         **extra_args: Any,
     ) -> tuple[Any, optax.Updates, Any]:
+        wrt = optimizer.wrt
         graphdef, params, rest = _split(model, wrt)
 
         def loss_and_rest(params: optax.Params, *batch: Any) -> tuple[Any, Any]:
             copy = nnx.merge(graphdef, params, rest)
-            out = loss_fn(copy, *batch)
+            out = _called("loss_fn", loss_fn, copy, *batch)
             out, aux = out if has_aux else (out, None)
             _, _, new_rest = _split(copy, wrt)
             return out, (aux, new_rest)
 
         (value, (aux, new_rest)), grads, curvature = (
-            fused.value_and_grad_with_curvature(loss_and_rest, estimator, **options)(
+            fused.value_and_grad_with_curvature(loss_and_rest, optimizer.tx, **options)(
                 params,
                 *batch,
                 state=nnx.as_pure(optimizer.opt_state),
@@ -149,7 +158,19 @@ def value_and_grad_with_curvature(
     return value_and_grad_fn
 
 
-def _of_parts(x: jax.Array) -> jax.Array:
+def _called(name: str, fun: Callable[..., Any], model: nnx.Module, *args: Any) -> Any:
+    """Call a function of a module; say what helps if it is one of the parameters."""
+    try:
+        return fun(model, *args)
+    except Exception as error:
+        error.add_note(
+            f"{name} was called with the module. A function of the parameters is passed"
+            " as it is, without adahessian_jax.nnx."
+        )
+        raise
+
+
+def _of_parts(x: Array) -> Array:
     """Return the mean over parts; of counts and keys, which are alike, the last."""
     return x.mean(axis=0) if is_differentiable(x) else x[-1]
 

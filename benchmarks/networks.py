@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+import adahessian_jax as ah
+
 Params = Any
+LOSS = ah.losses.softmax_cross_entropy
 
 
 class Network(NamedTuple):
@@ -21,12 +24,6 @@ class Network(NamedTuple):
     params: Params
     batch: tuple[jax.Array, ...]
     loss_fn: Callable[..., Any]
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Average the cross-entropy over all labels."""
-    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)
 
 
 def mlp(widths: tuple[int, ...] = (784, 512, 512, 10), batch: int = 128) -> Network:
@@ -43,20 +40,14 @@ def mlp(widths: tuple[int, ...] = (784, 512, 512, 10), batch: int = 128) -> Netw
         for layer in params[:-1]:
             x = jax.nn.relu(jnp.dot(x, layer["w"]) + layer["b"])
         logits = jnp.dot(x, params[-1]["w"]) + params[-1]["b"]
-        return (cross_entropy(logits, y), logits), ()
+        return (LOSS(logits, y), logits), ()
 
     return Network(params, (x, y), loss_fn)
 
 
-def gpt(
-    layers: int = 2,
-    width: int = 128,
-    heads: int = 4,
-    length: int = 128,
-    vocabulary: int = 65,
-    batch: int = 8,
-) -> Network:
+def gpt(layers: int = 2, width: int = 128, heads: int = 4, batch: int = 8) -> Network:
     """Return a decoder-only transformer with learned positions."""
+    length, vocabulary = 128, 65
     keys = iter(jax.random.split(jax.random.key(0), 6 * layers + 4))
 
     def block() -> Params:
@@ -95,7 +86,7 @@ def gpt(
             hidden = jax.nn.gelu(jnp.dot(_layer_norm(x, p["norm2"]), p["up"]))
             x = x + jnp.dot(hidden, p["down"])
         logits = jnp.dot(_layer_norm(x, params["norm"]), params["head"])
-        return (cross_entropy(logits, tokens[:, 1:]), logits), ()
+        return (LOSS(logits, tokens[:, 1:]), logits), ()
 
     return Network(params, (tokens,), loss_fn)
 
@@ -134,12 +125,9 @@ def resnet(blocks_per_stage: int = 1, batch: int = 32) -> Network:
         statistics = []
 
         def apply(p: Params, x: jax.Array, stride: int = 1) -> jax.Array:
+            strides, axes = (stride, stride), ("NHWC", "HWIO", "NHWC")
             x = jax.lax.conv_general_dilated(
-                x,
-                p["conv"],
-                (stride, stride),
-                "SAME",
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                x, p["conv"], strides, "SAME", dimension_numbers=axes
             )
             mean = jnp.mean(x, axis=(0, 1, 2))
             variance = jnp.mean(jnp.square(x), axis=(0, 1, 2)) - jnp.square(mean)
@@ -156,7 +144,7 @@ def resnet(blocks_per_stage: int = 1, batch: int = 32) -> Network:
                 x = jax.nn.relu(apply(p["b"], hidden) + skip)
         x = jnp.mean(x, axis=(1, 2))
         logits = jnp.dot(x, params["head"]["w"]) + params["head"]["b"]
-        return (cross_entropy(logits, y), logits), statistics
+        return (LOSS(logits, y), logits), statistics
 
     return Network(params, (x, y), loss_fn)
 

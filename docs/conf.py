@@ -8,7 +8,6 @@ import ast
 import inspect
 import pathlib
 import re
-import textwrap
 
 import adahessian_jax
 
@@ -59,13 +58,16 @@ napoleon_numpy_docstring = False
 # Types in signatures whose documentation is elsewhere.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|flax|jax|nnx|optax|train_state|typing)\..*"),
-    (r"py:.*", r"(Any|Callable|Mapping|Result|KeyPath|optional)"),
+    (r"py:.*", r"Any|Array(Like)?|Callable|DTypeLike|KeyPath|Mapping|Result"),
+    (r"py:.*", r"Bases|Products"),
 ]
 # Names of the library's own that stand for other types.
 ALIASES = {
-    "AveragingRule": "Callable[[KeyPath, jax.Array], jax.Array]",
+    "AveragingRule": "Callable[[KeyPath, Array], Array]",
     "AxisName": "str | tuple[str, ...] | None",
-    "Probe": "Callable[[jax.Array, optax.Params], optax.Params]",
+    "Betas": "tuple[ArrayLike, ArrayLike]",
+    "IsConv": "Callable[[KeyPath, Array], bool]",
+    "Probe": "Callable[[Array, optax.Params], optax.Params]",
 }
 
 
@@ -109,8 +111,11 @@ def signature_as_written(app, what, name, obj, options, signature, returns):
         function = obj.__new__
     else:
         function = obj
-    source = textwrap.dedent(inspect.getsource(function))
-    node = _Aliases().visit(ast.parse(source).body[0])
+    source = inspect.getsource(function)
+    if source[0] == " ":  # a method
+        source = "if True:\n" + source
+    node = ast.parse(source).body[0]
+    node = _Aliases().visit(node.body[0] if isinstance(node, ast.If) else node)
     if is_tuple:
         fields = [ast.unparse(x) for x in node.body if isinstance(x, ast.AnnAssign)]
         return f"({', '.join(fields)})", None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training run that saves its state and goes on from there; run by test_faults.py.
+"""A training run that saves its state and goes on from there; run by test_resume.py.
 
 Arguments: the folder of the checkpoints, and the file for the parameters and the state
 at the end. It says where it starts, and each step and each checkpoint as they begin.
@@ -29,7 +29,7 @@ def loss_fn(params, x):
     return jnp.mean((jnp.dot(hidden, params["v"])[:, 0] - jnp.sin(x[:, 0])) ** 2)
 
 
-value_and_grad = ah.value_and_grad_with_curvature(loss_fn, estimator)
+value_and_grad = ah.value_and_grad_with_curvature(loss_fn, tx)
 
 
 @jax.jit

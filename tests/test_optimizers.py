@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-import chex
+"""The formulas of the transformations and of the optimizers made of them."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,147 +10,413 @@ import optax
 import pytest
 
 import adahessian_jax as ah
-from tests.problems import mlp
+from adahessian_jax import losses
+from adahessian_jax.transforms.adahessian import ScaleByAdaHessianState
+from tests.problems import dense_ggn, mlp, quadratic
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(6, 3)), np.array([0, 1, 1, 0, 1, 0])
+W = {"w": RNG.normal(size=(3, 2)), "b": RNG.normal(size=2)}
+SOFTMAX = losses.softmax_cross_entropy
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """optax's own schedules and wrappers mix dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+def predict(p, x=X):
+    return jnp.dot(x, p["w"]) + p["b"]
 
 
-def one_update(tx, params, grads, diag):
-    return tx.update(grads, tx.init(params), params, hessian_diag=diag)[0]
+def objective(p):
+    return SOFTMAX(predict(p), Y)
 
 
-def test_is_the_transform_with_decay_and_learning_rate(x64):
-    del x64
-    params, loss = mlp()
-    options = {"b1": 0.8, "b2": 0.9, "eps": 1e-3, "hessian_power": 0.7}
-    tx = ah.adahessian(0.3, weight_decay=0.1, **options)
-    inner = ah.scale_by_adahessian(**options)
-    grads = jax.grad(loss)(params)
-    updates, _ = tx.update(grads, tx.init(params), params, obj_fn=loss)
-    scaled, _ = inner.update(grads, inner.init(params), params, obj_fn=loss)
-    expected = jax.tree.map(lambda u, p: -0.3 * (u + 0.1 * p), scaled, params)
+def close(got, expected, rtol=1e-10, **options):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), updates, expected
+        functools.partial(np.testing.assert_allclose, rtol=rtol, **options),
+        got,
+        expected,
     )
+
+
+def steps_by_hand(
+    gs,
+    ds,
+    due,
+    *,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    power=1.0,
+    order=2,
+    clip=np.inf,
+    reuse=False,
+):
+    """Return the update of each step, for estimates that enter where due."""
+    m, v, n, last, steps = 0.0, 0.0, 0, None, []
+    for t, (g, d) in enumerate(zip(gs, ds, strict=True), start=1):
+        m = b1 * m + (1 - b1) * g
+        last = d if due[t - 1] else last
+        if due[t - 1] or reuse:
+            v, n = b2 * v + (1 - b2) * last**order, n + 1
+        h = np.abs(v / (1 - b2**n)) ** (power / order)
+        steps.append(np.clip(m / (1 - b1**t) / (h + eps), -clip, clip))
+    return steps
+
+
+FORMULAS = {
+    "defaults": {},
+    "rms": {"b1": 0.8, "b2": 0.9, "eps": 1e-2, "power": 0.3},
+    "mean": {"b1": 0.8, "b2": 0.9, "eps": 1e-2, "power": 0.5, "order": 1},
+    "clipped": {"b1": 0.5, "b2": 0.7, "order": 1, "clip": 0.2},
+    "no memory": {"b1": 0.0, "b2": 0.0, "eps": 0.0},
+}
+SCHEDULES = {
+    (1, 0): {0, 1, 2, 3, 4, 5, 6},
+    (3, 0): {0, 3, 6},
+    (4, 2): {0, 1, 4},
+    (9, 3): {0, 1, 2},
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formula_and_schedule(name, jit):
+    """Estimates alone move the average, and their number corrects its bias."""
+    given = FORMULAS[name]
+    gs, ds = RNG.normal(size=(2, 7, 5))
+    names = {"power": "hessian_power", "clip": "clip_threshold"}
+    options = {names.get(k, k): v for k, v in given.items() if k != "order"}
+    options["hessian_ema"] = "mean" if given.get("order") == 1 else "rms"
+    w = jnp.ones(5)
+    for (interval, first), due in SCHEDULES.items():
+        tx = ah.scale_by_adahessian(
+            **options, update_interval=interval, initial_refreshes=first
+        )
+        update = jax.jit(tx.update) if jit else tx.update
+        expected = steps_by_hand(gs, ds, [t in due for t in range(7)], **given)
+        state = tx.init(w)
+        for t in range(7):
+            got, state = update(gs[t], state, w, hessian_diag=ds[t])
+            np.testing.assert_allclose(got, expected[t], rtol=1e-12)
+            refreshes = len([s for s in due if s <= t])
+            assert (state.curvature.count, state.curvature.refreshes) == (
+                t + 1,
+                refreshes,
+            )
+
+
+@pytest.mark.usefixtures("x64")
+def test_davda54_feeds_the_last_estimate_to_the_average_on_every_update():
+    gs, ds = RNG.normal(size=(2, 7, 5))
+    tx, w = ah.published.davda54(1.0, update_each=3, eps=1e-2), jnp.ones(5)
+    due, state = [t % 3 == 0 for t in range(7)], tx.init(w)
+    for t, step in enumerate(steps_by_hand(gs, ds, due, eps=1e-2, reuse=True)):
+        got, state = tx.update(gs[t], state, w, hessian_diag=ds[t])
+        np.testing.assert_allclose(got, -step, rtol=1e-12)
+        np.testing.assert_array_equal(state[0].curvature.estimate, ds[t - t % 3])
 
 
 @pytest.mark.parametrize(
-    "mask",
-    [{"a": True, "b": False}, lambda p: {"a": True, "b": False}],
-    ids=["tree", "fn"],
+    "make",
+    [
+        functools.partial(ah.adahessian, 1.0),
+        functools.partial(ah.published.davda54, 1.0),
+    ],
+    ids=["adahessian", "davda54"],
 )
-def test_weight_decay_mask(mask):
-    params = {"a": jnp.full(2, 10.0), "b": jnp.full(2, 10.0)}
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    ones = jax.tree.map(jnp.ones_like, params)
-    tx = ah.adahessian(0.5, weight_decay=0.1, weight_decay_mask=mask)
-    updates = one_update(tx, params, zeros, ones)
-    np.testing.assert_allclose(updates["a"], -0.5)
-    np.testing.assert_allclose(updates["b"], 0.0)
+@pytest.mark.parametrize("interval", [1, 10])
+def test_bias_is_that_of_the_estimates_there_were(make, interval):
+    """Chosen on the host on every tenth step: gradient over curvature, here 1."""
+    h, w = jnp.array([1.0, 100.0]), jnp.ones(2)
+    if interval > 1:
+        name = "update_interval" if make.func is ah.adahessian else "update_each"
+        make = functools.partial(make, **{name: interval})
+    tx = make()
+    fused = ah.value_and_grad_with_curvature(lambda w: 0.5 * jnp.sum(h * w**2), tx)
+    state = tx.init(w)
+
+    @functools.partial(jax.jit, static_argnames="refresh")
+    def step(state, refresh):
+        _, grads, curvature = fused(w, state=state, refresh=refresh)
+        return tx.update(grads, state, w, curvature=curvature)
+
+    for t in range(30):
+        updates, state = step(state, refresh=t % 10 == 0)
+        np.testing.assert_allclose(updates, -1, rtol=1e-4)
 
 
-def test_weight_decay_spares_frozen_integers():
-    params = {"w": jnp.ones(2), "n": jnp.asarray([100, 200])}
-    tx = ah.adahessian(0.5, weight_decay=0.1)
-    updates = one_update(tx, params, params, params)
-    new = optax.apply_updates(params, updates)
-    np.testing.assert_array_equal(new["n"], params["n"])
+@pytest.mark.usefixtures("x64")
+def test_is_adam_if_the_estimate_is_the_gradient():
+    params, _ = mlp()
+    tx, adam = ah.scale_by_adahessian(), optax.scale_by_adam()
+    state, adam_state = tx.init(params), adam.init(params)
+    for scale in (1.0, -0.5):
+        grads = jax.tree.map(lambda g, scale=scale: scale * g, params)
+        got, state = tx.update(grads, state, params, hessian_diag=grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax needs it
+            expected, adam_state = adam.update(grads, adam_state, params)
+        close(got, expected, rtol=1e-8)
 
 
-def test_learning_rate_schedule():
-    params = jnp.ones(2)
-    tx = ah.adahessian(lambda count: 0.1 * (count + 1), eps=0.0)
+@pytest.mark.usefixtures("x64")
+def test_adahessian_decays_weights_before_the_rate():
+    (params, loss), h = quadratic(diagonal=True)
+    mask = {"a": True, "b": False}
+    rate = optax.linear_schedule(0.1, 0.3, 2)
+    tx = ah.adahessian(rate, eps=0.0, weight_decay=0.5, weight_decay_mask=mask)
     state = tx.init(params)
-    for t in range(3):
-        updates, state = tx.update(params, state, params, hessian_diag=2 * params)
-        np.testing.assert_allclose(updates, -0.1 * (t + 1) / 2, rtol=1e-4)
+    for lr in (0.1, 0.2, 0.3):
+        got, state = tx.update(jax.grad(loss)(params), state, params, obj_fn=loss)
+        h4 = np.split(np.diag(h), 2)
+        expected = {
+            k: -lr * (params[k] * np.sign(d) + 0.5 * mask[k] * params[k])
+            for k, d in zip("ab", h4, strict=True)
+        }
+        close(got, expected, rtol=1e-6)  # optax has schedules in single precision
 
 
-def test_all_floats_can_be_injected():
-    params, loss = mlp(jnp.float32)
-    options = {
-        "learning_rate": 0.1,
-        "b1": 0.8,
-        "b2": 0.95,
-        "eps": 1e-3,
-        "hessian_power": 0.8,
-        "relative_damping": 0.1,
-        "weight_decay": 0.01,
+# Entries without an estimate, dtypes, averaging -------------------------------------
+
+
+@pytest.mark.parametrize("hessian_ema", ["rms", "mean"])
+def test_an_entry_that_is_not_finite_changes_that_entry_alone(hessian_ema):
+    """It keeps its average; before its first estimate its update is zero."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    tx = ah.scale_by_adahessian(b2=0.9, hessian_ema=hessian_ema, clip_threshold=5.0)
+
+    def run(bad):
+        state, history = tx.init(params), []
+        for t in range(6):
+            first = bad if t in (0, 1, 4) else 2.0
+            d = {"a": jnp.zeros(2), "b": jnp.array([first, 2.0])}
+            updates, state = tx.update(params, state, params, hessian_diag=d)
+            history.append(updates)
+        return history, state
+
+    (clean, state), (hurt, after) = run(2.0), run(jnp.nan)
+    assert (state.curvature.nonfinite, after.curvature.nonfinite) == (0, 3)
+    for t, (x, y) in enumerate(zip(clean, hurt, strict=True)):
+        np.testing.assert_array_equal(x["a"], y["a"])
+        np.testing.assert_array_equal(y["a"], 5)  # no curvature, and so the bound
+        np.testing.assert_array_equal(x["b"][1], y["b"][1])
+        np.testing.assert_allclose(y["b"][0], 0 if t < 2 else 0.5, rtol=1e-6)
+
+
+def test_dtypes_and_leaves_without_derivatives_stay():
+    params = {
+        "half": jnp.array([1.0, 2], jnp.bfloat16),
+        "none": None,
+        "n": jnp.array([5, 6]),
+        "x": jnp.float32(3),
+        "empty": jnp.zeros((0, 3)),
     }
-    injected = optax.inject_hyperparams(ah.adahessian)(**options)
-    static = ("update_interval", "initial_refreshes")
-    injected_static = optax.inject_hyperparams(ah.adahessian, static)(**options)
-    plain = ah.adahessian(**options)
-    grads = jax.grad(loss)(params)
-    results = []
-    for tx in (plain, injected, injected_static):
-        state, p = tx.init(params), params
-        step = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p, obj_fn=loss))
-        for _ in range(3):
-            updates, state = step(grads, state, p)
-            p = optax.apply_updates(p, updates)
-        results.append(p)
-    for other in results[1:]:
-        chex.assert_trees_all_close(results[0], other, rtol=1e-4)
-    state = injected.init(params)
-    state.hyperparams["learning_rate"] = jnp.asarray(0.0)
-    updates, _ = injected.update(grads, state, params, obj_fn=loss)
-    assert not any(np.any(u) for u in jax.tree.leaves(updates))
+
+    def loss(p):
+        return jnp.sum(p["half"].astype(jnp.float32) ** 3) + p["x"] ** 2
+
+    def dtypes(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+    for interval in (1, 2):
+        tx = ah.scale_by_adahessian(
+            update_interval=interval, mu_dtype=jnp.bfloat16, nu_dtype="float32"
+        )
+        step = jax.jit(
+            lambda p, s, tx=tx: tx.update(
+                jax.grad(loss, allow_int=True)(p), s, p, obj_fn=loss
+            )
+        )
+        state = tx.init(params)
+        updates, new = step(params, state)
+        assert dtypes(updates) == dtypes(params)
+        assert dtypes(new) == dtypes(state)
+        assert (new.mu["x"].dtype, new.curvature.nu["half"].dtype) == (
+            jnp.bfloat16,
+            jnp.float32,
+        )
+        np.testing.assert_array_equal(updates["n"], 0)
+        np.testing.assert_allclose(np.float32(updates["half"]), [0.5, 1], rtol=0.01)
 
 
-def test_update_interval_can_be_injected():
-    tx = optax.inject_hyperparams(ah.adahessian)(learning_rate=0.1, update_interval=3)
-    params = jnp.ones(2)
-    state = tx.init(params)
-    update = jax.jit(lambda s: tx.update(params, s, params, obj_fn=jnp.sum)[1])
-    for refreshes in (1, 1, 1, 2, 2):
-        state = update(state)
-        assert state.inner_state[0].refreshes == refreshes
-
-
-def test_composes_with_chain():
-    params, loss = mlp(jnp.float32)
-    tx = optax.chain(
-        optax.clip_by_global_norm(1e-3),
-        ah.scale_by_adahessian(),
-        optax.scale_by_learning_rate(0.1),
+def test_half_precision_is_accumulated_in_single():
+    tx = ah.scale_by_adahessian(eps=0.0, mu_dtype="float32", nu_dtype="float32")
+    w = jnp.ones(2, jnp.bfloat16)
+    d = jnp.full(2, 1.001, jnp.float32)  # not to be rounded on its way
+    step = jax.jit(lambda s: tx.update(w, s, w, hessian_diag=d)[1])
+    state = jax.lax.fori_loop(0, 1000, lambda _, s: step(s), tx.init(w))
+    np.testing.assert_allclose(
+        state.curvature.nu, 1.001**2 * (1 - 0.999**1000), rtol=1e-4
     )
-    alone = ah.adahessian(0.1)
-    grads = jax.grad(loss)(params)
-    clipped, _ = optax.clip_by_global_norm(1e-3).update(grads, None)
-    updates, _ = tx.update(grads, tx.init(params), params, obj_fn=loss)
-    expected, _ = alone.update(clipped, alone.init(params), params, obj_fn=loss)
-    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 
-class Variants(chex.TestCase):
-    """The same training with and without jit, and on a device axis."""
+# newton -----------------------------------------------------------------------------
 
-    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
-    def test_trains(self):
-        params, loss = mlp(jnp.float32)
-        tx = ah.adahessian(0.05, update_interval=2, initial_refreshes=3)
 
-        def step(params, state):
-            value, grads = jax.value_and_grad(loss)(params)
-            updates, state = tx.update(grads, state, params, obj_fn=loss)
-            return value, optax.apply_updates(params, updates), state
+def newton_by_hand(case, n_steps=4, wd=0.0, mask=None):
+    """The recommended chain, of parts."""
+    parts = [
+        ah.scale_by_adahessian(
+            b2=0.9,
+            hessian_ema="mean",
+            clip_threshold=0.1,
+            update_interval=20,
+            initial_refreshes=10,
+            estimator=ah.in_eigenbasis(ah.gauss_newton(SOFTMAX)),
+        ),
+        optax.add_decayed_weights(wd, mask),
+    ]
+    if case == "own":
+        return optax.chain(
+            *parts, ah.scale_by_quadratic_model(SOFTMAX), optax.scale(-1.0)
+        )
+    if case == "own schedule":
+        rate = optax.scale_by_learning_rate(optax.linear_schedule(0.5, 1.0, 3))
+        return optax.chain(*parts, ah.scale_by_quadratic_model(SOFTMAX), rate)
+    return optax.chain(*parts, optax.scale_by_learning_rate(case))
 
-        def train(step):
-            p, state, losses = params, tx.init(params), []
-            for _ in range(6):
-                value, p, state = step(p, state)
-                if value.ndim:  # pmap adds an axis of devices
-                    value, p, state = jax.tree.map(lambda x: x[0], (value, p, state))
-                losses.append(float(value))
-            return losses
 
-        with jax.numpy_dtype_promotion("standard"):
-            losses, expected = train(self.variant(step)), train(jax.jit(step))
-        assert losses[-1] < losses[0]
-        np.testing.assert_allclose(losses, expected, rtol=1e-4)
+MASK = {"w": True, "b": False}
+NEWTON = {
+    "rate": ((0.03,), {}, (0.03,)),
+    "schedule": (
+        (optax.linear_schedule(0.1, 0.0, 4),),
+        {},
+        (optax.linear_schedule(0.1, 0.0, 4),),
+    ),
+    "own rate": (
+        (None,),
+        {"weight_decay": 0.1, "weight_decay_mask": MASK},
+        ("own", 4, 0.1, MASK),
+    ),
+    "own rate, schedule": (
+        (None,),
+        {"schedule": optax.linear_schedule(0.5, 1.0, 3)},
+        ("own schedule",),
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("path", ["predict_fn", "curvature"])
+@pytest.mark.parametrize("name", NEWTON)
+def test_newton_is_the_chain_of_its_parts(name, path):
+    arguments, options, parts = NEWTON[name]
+    tx, reference = ah.newton(*arguments, SOFTMAX, **options), newton_by_hand(*parts)
+
+    def loss_fn(p):
+        return objective(p), predict(p)
+
+    fused = ah.value_and_grad_with_curvature(loss_fn, tx)
+
+    @jax.jit
+    def step(p, state, expected):
+        extra = {"predict_fn": predict}
+        if path == "curvature":
+            _, grads, curvature = fused(p, state=state)
+            extra["curvature"] = curvature
+        else:
+            grads = jax.grad(objective)(p)
+        if path == "curvature" and "own" not in name:
+            del extra["predict_fn"]
+        by_parts = reference.update(grads, expected, p, grad=grads, predict_fn=predict)
+        return tx.update(grads, state, p, **extra), by_parts
+
+    params, state, expected = W, tx.init(W), reference.init(W)
+    for _ in range(4):
+        (updates, state), (by_parts, expected) = step(params, state, expected)
+        close(updates, by_parts, rtol=1e-8)
+        params = optax.apply_updates(params, updates)
+    assert objective(params) < objective(W)
+
+
+def test_newton_takes_another_gradient_and_one_rate():
+    params = jax.tree.map(jnp.float32, W)
+    x = jnp.asarray(X, jnp.float32)
+    tx = ah.newton(None, SOFTMAX)
+    grads = jax.tree.map(jnp.ones_like, params)
+    args = {"predict_fn": lambda p: predict(p, x)}
+    one, _ = tx.update(grads, tx.init(params), params, **args)
+    twice = jax.tree.map(lambda g: 2 * g, grads)
+    two, _ = tx.update(grads, tx.init(params), params, grad=twice, **args)
+    close(two, jax.tree.map(lambda u: 2 * u, one), rtol=1e-5)
+    with pytest.raises(ValueError, match="are both rates"):
+        ah.newton(0.1, SOFTMAX, schedule=optax.constant_schedule(1.0))
+    with pytest.raises(TypeError, match=r"call newton\(0.03, loss\)"):
+        ah.newton(SOFTMAX, SOFTMAX)
+
+
+# The quadratic model ----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["not turned", "turned"])
+@pytest.mark.parametrize("loss", [SOFTMAX, SOFTMAX.replace(reduction="sum")], ids=repr)
+def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign):
+    """Whether updates have the gradient's sign or not, and with a where."""
+    where = np.array([1.0, 0, 2, 1, 1, 0.5])
+    of_outputs = functools.partial(loss, labels=Y, where=where)
+    ggn = dense_ggn(lambda f: of_outputs(f), predict, W)
+    tx = ah.scale_by_quadratic_model(loss, 0.6, decay=0.8, max_learning_rate=3.0)
+    state, s, c = tx.init(W), 0.0, 0.0
+    update = jax.jit(
+        lambda g, u, state: tx.update(
+            u, state, W, grad=g, predict_fn=lambda p: (predict(p), where)
+        )
+    )
+    flat = lambda tree: np.concatenate([np.ravel(tree[k]) for k in "bw"])  # noqa: E731
+    for t in range(4):
+        g = jax.tree.map(lambda x: RNG.normal(size=x.shape), W)
+        u = jax.tree.map(lambda x: sign * (x + RNG.normal(size=x.shape) / 2), g)
+        if t == 2:  # left out
+            u = jax.tree.map(lambda x: x * np.nan, u)
+        else:
+            s = 0.8 * s + 0.2 * sign * flat(g) @ flat(u)
+            c = 0.8 * c + 0.2 * flat(u) @ ggn @ flat(u)
+        got, state = update(g, u, state)
+        rate = min(0.6 * max(s, 0) / c, 3.0)
+        np.testing.assert_allclose(state.learning_rate, rate, rtol=1e-10)
+        assert (state.sign, np.sign(state.slope)) == (sign, sign)
+        close(got, jax.tree.map(lambda x, rate=rate: rate * x, u))
+
+
+def test_quadratic_model_may_stand_before_or_after_the_sign():
+    def final(*parts):
+        tx, w = optax.chain(*parts), jnp.ones((3, 1))
+        x = jnp.asarray(X, jnp.float32)
+        loss = lambda w: losses.squared_error(jnp.dot(x, w), jnp.zeros((6, 1)))  # noqa: E731
+        state = tx.init(w)
+
+        @jax.jit
+        def step(w, state):
+            g = jax.grad(loss)(w)
+            u, state = tx.update(
+                g, state, w, grad=g, predict_fn=lambda w: jnp.dot(x, w)
+            )
+            return w + u, state
+
+        for _ in range(20):
+            w, state = step(w, state)
+        return loss(w)
+
+    model = ah.scale_by_quadratic_model(losses.squared_error)
+    after = final(optax.sgd(1.0), model)
+    np.testing.assert_allclose(
+        after, final(model, optax.scale(-1.0)), rtol=1e-3, atol=1e-6
+    )
+    assert after < 0.05
+
+
+def test_no_curvature_along_the_updates_is_a_rate_of_zero_and_integers_stay():
+    w = {"w": jnp.ones(2), "n": jnp.asarray(3)}
+    tx = ah.scale_by_quadratic_model(losses.squared_error)
+    got, state = tx.update(w, tx.init(w), w, grad=w, predict_fn=lambda p: 0 * p["w"])
+    assert state.learning_rate == 0
+    close(got, {"w": np.zeros(2), "n": 3})
+
+
+def test_states_are_those_that_are_documented():
+    state = ah.newton(None, SOFTMAX).init({"w": jnp.ones(2)})
+    (first, *_) = state
+    assert isinstance(first, ScaleByAdaHessianState)
+    assert np.all(np.isinf(first.curvature.nu["w"]))
+    assert first.curvature.estimate is None
+    assert bool(first.curvature.refresh_due)

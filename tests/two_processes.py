@@ -20,15 +20,15 @@ if int(n_processes) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(n_processes), int(process))
 
-import adahessian_jax as ah  # noqa: E402
 from tests.test_devices import (  # noqa: E402
     PARAMS,
     P,
     X,
     Y,
+    make_optimizer,
     make_step,
     mesh_of,
-    shard_mapped,
+    on_devices,
     train,
 )
 
@@ -48,11 +48,11 @@ def placed(tree, spec):
     )
 
 
-estimator = ah.hutchinson(axis_name="data")
-tx = ah.adahessian(0.02, estimator=estimator, update_interval=3)
-step = shard_mapped(make_step(tx, estimator, "fused", "data"), mesh, check=True)
-params, batch = jax.tree.map(np.float64, (PARAMS, (X, Y)))
-start = placed((params, tx.init(params)), P())
-trained = train(step, *start, *placed(batch, P("data")), steps=20)
-leaves = [np.asarray(x.addressable_shards[0].data) for x in jax.tree.leaves(trained)]
+leaves = []
+for name in ("hutchinson", "newton"):
+    tx = make_optimizer(name, "data")
+    step = on_devices("shard_map", make_step(tx, name, "fused", "data"), mesh)
+    start = placed((PARAMS, tx.init(PARAMS)), P())
+    trained = train(step, *start, *placed((X, Y), P("data")), steps=20)
+    leaves += [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(trained)]
 np.savez(file, **{str(i): x for i, x in enumerate(leaves)})

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdaHessian beside Adam on small data: ``python -m adahessian_jax.demo --help``."""
+"""Curvature beside Adam on small data: ``python -m adahessian_jax.demo --help``."""

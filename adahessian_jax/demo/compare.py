@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo itself: one task, two optimizers, a table and a plot."""
+"""The demo itself: one task, three optimizers, a table and a plot."""
 
 import argparse
 
@@ -19,7 +19,7 @@ import adahessian_jax as ah
 from adahessian_jax.demo.data import DataError, load_digits, load_shakespeare
 from adahessian_jax.demo.models import CharTransformer, ConvNet
 from adahessian_jax.demo.report import COLORS, plot, summary, table
-from adahessian_jax.demo.training import Run, train, warmup_cosine
+from adahessian_jax.demo.training import LOSS, Run, train, warmup_cosine
 
 TASKS = {
     "digits": (load_digits, ConvNet),
@@ -96,11 +96,13 @@ def make_optimizers(
     args: argparse.Namespace,
 ) -> dict[str, optax.GradientTransformation]:
     """Build the optimizers to compare."""
+    rate = args.newton_lr  # None is a rate of its own, times a schedule
+    schedule = warmup_cosine(1.0 if rate is None else rate, args.steps)
     return {
         "Adam": optax.adamw(
             warmup_cosine(args.adam_lr, args.steps),
             b2=args.adam_b2,
-            weight_decay=args.adam_weight_decay,
+            weight_decay=args.weight_decay,
         ),
         "AdaHessian": ah.adahessian(
             warmup_cosine(args.lr, args.steps),
@@ -113,5 +115,12 @@ def make_optimizers(
             initial_refreshes=args.initial_refreshes,
             averaging=ah.conv_spatial_average() if args.conv_average else None,
             weight_decay=args.weight_decay,
+        ),
+        "Newton": ah.newton(
+            rate if rate is None else schedule,
+            LOSS,
+            schedule=schedule if rate is None else None,
+            weight_decay=args.weight_decay,
+            seed=args.seed,
         ),
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training a Flax network with any optax optimizer, AdaHessian among them."""
+"""Training a Flax network with any optax optimizer."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import adahessian_jax as ah
 from adahessian_jax.demo.data import Dataset, Examples, batches, thin
 
 EVAL_CHUNK = 500  # examples that are evaluated at a time
+LOSS = ah.losses.softmax_cross_entropy
 
 TrainStep = Callable[
     [optax.Params, optax.OptState, Examples],
@@ -48,18 +50,22 @@ class Run(NamedTuple):
 
 def make_train_step(model: nn.Module, tx: optax.GradientTransformation) -> TrainStep:
     """Return the function of one training step, to be compiled."""
-    # Optimizers that do not need obj_fn, such as Adam, then ignore it.
+    # Optimizers that do not need our functions, such as Adam, then ignore them.
     tx = optax.with_extra_args_support(tx)
 
     def train_step(
         params: optax.Params, opt_state: optax.OptState, batch: Examples
     ) -> tuple[optax.Params, optax.OptState, jax.Array]:
+        def predict_fn(params: optax.Params) -> Any:
+            return model.apply(params, batch.inputs)
+
         def loss_fn(params: optax.Params) -> jax.Array:
-            logits: Any = model.apply(params, batch.inputs)
-            return cross_entropy(logits, batch.labels)
+            return LOSS(predict_fn(params), batch.labels)
 
         loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, obj_fn=loss_fn)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, obj_fn=loss_fn, predict_fn=predict_fn
+        )
         return optax.apply_updates(params, updates), opt_state, loss
 
     return train_step
@@ -138,11 +144,6 @@ def warmup_cosine(peak: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 
-def cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
-    """Average the cross-entropy over all labels."""
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
 def make_scorer(model: nn.Module) -> Callable[[optax.Params, Examples], Scores]:
     """Return a function that scores parameters on any number of examples."""
 
@@ -150,8 +151,8 @@ def make_scorer(model: nn.Module) -> Callable[[optax.Params, Examples], Scores]:
     def sums(params: optax.Params, chunk: Examples) -> tuple[jax.Array, jax.Array]:
         logits: Any = model.apply(params, chunk.inputs)
         hits = jnp.argmax(logits, axis=-1) == chunk.labels
-        loss = cross_entropy(logits, chunk.labels)
-        return loss * chunk.labels.size, jnp.sum(hits)
+        sum_of_losses = LOSS.replace(reduction="sum")
+        return sum_of_losses(logits, chunk.labels), jnp.sum(hits)
 
     def score(params: optax.Params, examples: Examples) -> Scores:
         loss, hits = 0.0, 0

@@ -14,58 +14,87 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
+import matplotlib as mpl
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.training import protocol, report
-from benchmarks.training.contenders import CONTENDERS, VARIANTS
-from benchmarks.training.tasks import TASKS
+from benchmarks.training import plots, protocol, report
+from benchmarks.training.contenders import CONTENDERS
+from benchmarks.training.tasks import TASKS, Task
+from benchmarks.training.variants import VARIANTS
 
 ALL = CONTENDERS | VARIANTS
+CONSOLE = Console()
 
 
 def main() -> None:
     """Run the comparison that the command line asks for."""
+    mpl.use("Agg")
+    parser = make_parser()
+    args = parser.parse_args()
+    task = task_of(args, parser)
+    own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    result = {
+        "task": args.task,
+        "steps": args.steps or task.steps,
+        "seeds": args.seeds,
+        "first_seed": args.first_seed,
+        "batch_size": task.batch_size,
+        "depth": args.depth,
+        "evaluated": task.evaluated,
+        "device": f"{jax.devices()[0].device_kind}, {len(own(0))} core(s)",
+        "jax": jax.__version__,
+        "contenders": {},
+    }
+    path = args.out / f"{args.task}.json"
+    others = {}
+    if args.only and path.exists():
+        try:
+            others = report.others(json.loads(path.read_text("utf-8")), result)
+        except ValueError as error:
+            parser.error(f"{path} was made otherwise: {error}. Give another --out.")
+    found = compare(task, args, result["steps"], others)
+    entries = others | found
+    result["contenders"] = {name: entries[name] for name in ALL if name in entries}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(report.dumps(result), encoding="utf-8")
+    path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
+    plots.plot(result, path.with_suffix(".png"))
+    if args.reach > 1:
+        plots.plot_rates(found, path.with_name(f"{args.task}_rates.png"))
+    CONSOLE.print(report.table(result), markup=False)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=ALL,
-        metavar="NAME",
-        help="contenders, beside AdamW: " + ", ".join(map(repr, ALL)),
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="of AdamW; by default the task's own")
-    parser.add_argument("--batch-size", type=int, help="by default the task's own")
-    parser.add_argument(
-        "--depth",
-        type=int,
-        default=1,
-        help="so many of each hidden layer: transformer, autoencoder and diamonds",
-    )
-    parser.add_argument(
-        "--evaluated", type=int, help="examples of a loss; by default the task's own"
-    )
-    parser.add_argument(
-        "--rate", type=float, help="of all but AdamW, in place of a search"
-    )
-    parser.add_argument(
-        "--reach",
-        type=int,
-        default=1,
-        help="try learning rates so many half decades to either side at least; with"
-        " more than 1, plot the losses of all rates",
-    )
+    add = parser.add_argument
+    add("task", choices=TASKS)
+    names = "contenders, beside AdamW: " + ", ".join(map(repr, ALL))
+    add("--only", nargs="+", choices=ALL, metavar="NAME", help=names)
+    add("--seeds", type=int, default=5)
+    add("--first-seed", type=int, default=0)
+    add("--steps", type=int, help="of AdamW; by default the task's own")
+    add("--batch-size", type=int, help="by default the task's own")
+    layers = "so many of each hidden layer: transformer, autoencoder and diamonds"
+    add("--depth", type=int, default=1, help=layers)
+    examples = "examples of a loss; by default the task's own"
+    add("--evaluated", type=int, help=examples)
+    add("--rate", type=float, help="of all but AdamW, in place of a search")
+    wider = "try learning rates so many half decades to either side at least; with more"
+    add("--reach", type=int, default=1, help=wider + " than 1, plot all losses")
     out = Path(__file__).parent.parent / "results" / "training"
-    parser.add_argument("--out", type=Path, default=out, help="a directory")
-    args = parser.parse_args()
-    console = Console()
+    add("--out", type=Path, default=out, help="a directory")
+    return parser
+
+
+def task_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Task:
+    """Make the task that the command line asks for."""
     make_task = TASKS[args.task]
     if args.depth == 1:
         task = make_task()
@@ -77,37 +106,22 @@ def main() -> None:
         if task.batch_size is None:
             parser.error(f"argument --batch-size: {args.task} has one batch of all")
         task = task._replace(batch_size=args.batch_size)
-    if args.evaluated is not None:
-        task = task._replace(evaluated=args.evaluated)
-    steps = args.steps or task.steps
+    return task._replace(evaluated=args.evaluated or task.evaluated)
+
+
+def compare(
+    task: Task, args: argparse.Namespace, steps: int, others: dict[str, Any]
+) -> dict[str, Any]:
+    """Search the rates of the contenders and run them, at equal steps and time."""
     names = [  # AdamW is always there: all else is compared with it
         name
         for name, contender in ALL.items()
         if contender.suits(task)
         and (name in (args.only or CONTENDERS) or name == "AdamW")
     ]
-    seeds = range(args.first_seed, args.first_seed + args.seeds)
-    result = {
-        "task": args.task,
-        "steps": steps,
-        "seeds": args.seeds,
-        "first_seed": args.first_seed,
-        "batch_size": task.batch_size,
-        "depth": args.depth,
-        "evaluated": task.evaluated,
-        "device": f"{jax.devices()[0].device_kind}, {n_cores()} core(s)",
-        "jax": jax.__version__,
-        "contenders": {},
-    }
-    path = args.out / f"{args.task}.json"
-    others = {}
-    if args.only and path.exists():
-        try:
-            others = report.others(json.loads(path.read_text("utf-8")), result)
-        except ValueError as error:
-            parser.error(f"{path} was made otherwise: {error}. Give another --out.")
     trains = {name: protocol.make_train(task, ALL[name]) for name in names}
-    for name in track(names, "searching learning rates", console=console):
+    entries: dict[str, Any] = {}
+    for name in track(names, "searching learning rates", console=CONSOLE):
         start = ALL[name].start
 
         def score(rate: float, train: protocol.Train = trains[name]) -> float:
@@ -121,47 +135,32 @@ def main() -> None:
             if name in others and name not in args.only:  # AdamW, as the baseline
                 known = report.rates_tried(others[name])
             found = protocol.search(score, start, reach=args.reach, known=known)
-        result["contenders"][name] = {
+        entries[name] = {
             "search": {f"{rate:.4g}": loss for rate, loss in found.items()},
             "rate": protocol.best_rate(found),
             "width": protocol.good_width(found),
+            "equal steps": [],
         }
-        rate = result["contenders"][name]["rate"]
-        console.print(f"{name}: {rate:.3g}, loss {min(found.values()):.4g}")
+        rate, loss = entries[name]["rate"], min(found.values())
+        CONSOLE.print(f"{name}: {rate:.3g}, loss {loss:.4g}")
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
     # Interleaved, so that what else the machine does troubles all alike.
-    for seed in track(seeds, "at equal steps", console=console):
-        for name in names:
-            found = result["contenders"][name]
-            run = trains[name](found["rate"], seed, steps)
-            found.setdefault("equal steps", []).append(run._asdict())
+    for seed in track(seeds, "at equal steps", console=CONSOLE):
+        for name, entry in entries.items():
+            run = trains[name](entry["rate"], seed, steps)
+            entry["equal steps"].append(run._asdict())
     least = {  # seconds of a step; a run that diverged was cut short
-        name: min(run["seconds"] / run["steps"][-1] for run in found["equal steps"])
-        for name, found in result["contenders"].items()
+        name: min(run["seconds"] / run["steps"][-1] for run in entry["equal steps"])
+        for name, entry in entries.items()
     }
-    for seed in track(seeds, "at equal time", console=console):
-        for name in names:
-            found = result["contenders"][name]
-            found["cost"] = least[name] / least["AdamW"]
-            affordable = max(protocol.RECORDS, math.floor(steps / found["cost"]))
-            run = trains[name](found["rate"], seed, affordable)
-            found.setdefault("equal time", []).append(run._asdict())
-    found = others | result["contenders"]
-    result["contenders"] = {name: found[name] for name in ALL if name in found}
-    args.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(report.dumps(result), encoding="utf-8")
-    path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
-    report.plot(result, path.with_suffix(".png"))
-    if args.reach > 1:
-        entries = {name: result["contenders"][name] for name in names}
-        report.plot_rates(entries, path.with_name(f"{args.task}_rates.png"))
-    console.print(report.table(result), markup=False)
-
-
-def n_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    for name, entry in entries.items():
+        entry |= {"equal time": [], "cost": least[name] / least["AdamW"]}
+    for seed in track(seeds, "at equal time", console=CONSOLE):
+        for name, entry in entries.items():
+            affordable = max(protocol.RECORDS, math.floor(steps / entry["cost"]))
+            run = trains[name](entry["rate"], seed, affordable)
+            entry["equal time"].append(run._asdict())
+    return entries
 
 
 if __name__ == "__main__":

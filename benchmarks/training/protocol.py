@@ -4,10 +4,12 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -43,9 +45,9 @@ def make_train(task: Task, contender: Contender) -> Train:
     data = jax.device_put(task.train)
     n = len(jax.tree.leaves(data)[0])
 
-    def optimizer(peak: Any, steps: Any, key: jax.Array) -> tuple[Any, Any]:
-        estimator = contender.estimator and contender.estimator(task, key)
-        return contender.make(WarmupCosine(peak, steps), estimator, task), estimator
+    def optimizer(peak: Any, steps: Any, key: jax.Array) -> Any:
+        tx = contender.make(WarmupCosine(peak, steps), task, key)
+        return optax.with_extra_args_support(tx)
 
     def batch_of(data: Any, key: jax.Array, count: Any) -> Any:
         if task.batch_size is None:
@@ -56,31 +58,23 @@ def make_train(task: Task, contender: Contender) -> Train:
         return jax.tree.map(lambda x: x[rows], data)
 
     def step(carry: Any, count: Any, peak: Any, steps: Any, data: Any, refresh: Any):
-        params, state, keys = carry
-        tx, estimator = optimizer(peak, steps, keys[1])
-        tx = optax.with_extra_args_support(tx)
+        params, state, _, keys = carry
+        tx = optimizer(peak, steps, keys[1])
         batch = batch_of(data, keys[0], count)
-        grads, extra_args, outer = differentiate(
-            *(task, contender, estimator, params, state, batch),
-            count=count,
-            refresh=refresh,
+        grads, extra_args, kept = differentiate(
+            task, contender, tx, carry, batch, count=count, refresh=refresh
         )
-        if contender.hands_on_diag:
-            state, _ = state
         updates, state = tx.update(grads, state, params, **extra_args)
-        params = optax.apply_updates(params, updates)
-        if contender.hands_on_diag:
-            state = state, outer
-        return params, state, keys
+        return optax.apply_updates(params, updates), state, kept, keys
 
     def init(peak: Any, seed: Any, steps: Any) -> Any:
         init_key, batch_key, probe_key = jax.random.split(jax.random.key(seed), 3)
-        params = task.init(init_key)
-        tx, estimator = optimizer(peak, steps, probe_key)
-        state = tx.init(params)
-        if contender.hands_on_diag:
-            state = state, estimator.init(params)
-        return params, state, (batch_key, probe_key)
+        params, kept = task.init(init_key), None
+        if contender.kept is not None:
+            estimator_state = contender.kept(task, probe_key).init(params)
+            kept = jax.tree.map(jnp.zeros_like, params), estimator_state
+        state = optimizer(peak, steps, probe_key).init(params)
+        return params, state, kept, (batch_key, probe_key)
 
     @jax.jit
     def several(carry: Any, start: Any, end: Any, peak: Any, steps: Any, data: Any):
@@ -101,7 +95,7 @@ def make_train(task: Task, contender: Contender) -> Train:
             started = time.perf_counter()
             if task.loops:
                 for t in range(begin, end):
-                    refresh = contender.estimator and contender.is_due(t)
+                    refresh = contender.is_due(t)
                     carry = one(carry, t, peak, steps, data, refresh=refresh)
             else:
                 carry = several(carry, begin, end, peak, steps, data)
@@ -121,56 +115,55 @@ def make_train(task: Task, contender: Contender) -> Train:
 def differentiate(
     task: Task,
     contender: Contender,
-    estimator: Any,
-    params: Any,
-    state: Any,
+    tx: Any,
+    carry: Any,
     batch: Any,
     *,
     count: Any,
     refresh: bool | None,
 ) -> tuple[Any, dict[str, Any], Any]:
-    """Return the gradient, what else an update takes, and an outer estimator's state.
+    """Return the gradient, what else an update takes, and what is kept.
 
-    ``refresh`` says whether to estimate; with None the count does.
+    That is the last estimate and its estimator's state, where that is not in the
+    optimizer. ``refresh`` says whether to estimate; with None the count does.
     """
+    params, state, kept, (_, key) = carry
 
     def loss_only(p: Any) -> jax.Array:
         return task.loss_fn(p, batch)[0]
 
-    if contender.line_search:
-        value_and_grad = optax.value_and_grad_from_state(loss_only)
-        value, grads = value_and_grad(params, state=state)
-        return grads, {"value": value, "grad": grads, "value_fn": loss_only}, None
-    if contender.hands_on_diag:
-        grads = jax.grad(loss_only)(params)
-
-        def fresh(outer: Any) -> tuple[Any, Any]:
-            return estimator.update(grads, outer, params, obj_fn=loss_only)
-
-        def kept(outer: Any) -> tuple[Any, Any]:
-            return grads, outer  # the optimizer does not look at it
-
-        if refresh is None:
-            due = count % contender.update_interval == 0
-            diag, outer = jax.lax.cond(due, fresh, kept, state[1])
-        else:
-            diag, outer = (fresh if refresh else kept)(state[1])
-        return grads, {"hessian_diag": diag, "obj_fn": loss_only}, outer
-    if estimator is None:
-        return jax.grad(loss_only)(params), {}, None
-
-    def predict_fn(p: Any) -> Any:
-        part = jax.tree.map(lambda x: x[: max(1, len(x) // PARTS)], batch)
+    def predict_fn(p: Any, parts: int = PARTS) -> Any:
+        part = jax.tree.map(lambda x: x[: max(1, len(x) // parts)], batch)
         return task.loss_fn(p, part)[1]
 
     def loss_fn(p: Any, batch: Any) -> Any:
         loss, outputs = task.loss_fn(p, batch)
-        return (loss, outputs) if estimator.needs_outputs else loss
+        return (loss, outputs) if contender.curvature == "outputs" else loss
 
-    fused = ah.value_and_grad_with_curvature(loss_fn, estimator)
-    _, grads, curvature = fused(params, batch, state=state, refresh=refresh)
-    extra_args = {"curvature": curvature, "grad": grads, "predict_fn": predict_fn}
-    return grads, extra_args, None
+    if contender.line_search:
+        value_and_grad = optax.value_and_grad_from_state(loss_only)
+        value, grads = value_and_grad(params, state=state)
+        return grads, {"value": value, "grad": grads, "value_fn": loss_only}, kept
+    if contender.curvature:
+        fused = ah.value_and_grad_with_curvature(loss_fn, tx)
+        _, grads, curvature = fused(params, batch, state=state, refresh=refresh)
+        more = {"curvature": curvature, "grad": grads, "predict_fn": predict_fn}
+        return grads, more, kept
+    grads = jax.grad(loss_only)(params)
+    if contender.kept is None:
+        return grads, {}, kept
+
+    def fresh(kept: Any) -> Any:
+        functions = {"obj_fn": loss_only, "predict_fn": partial(predict_fn, parts=1)}
+        update = contender.kept(task, key).update
+        return update(grads, kept[1], params, **functions)
+
+    if refresh is None:
+        due = contender.is_due(count)
+        kept = jax.lax.cond(due, fresh, lambda kept: kept, kept)
+    elif refresh:
+        kept = fresh(kept)
+    return grads, {"hessian_diag": kept[0], "obj_fn": loss_only}, kept
 
 
 def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
@@ -199,7 +192,6 @@ def search(
     *,
     reach: int = 1,
     known: Mapping[float, float] = MappingProxyType({}),
-    max_steps: int = 12,
 ) -> dict[float, float]:
     """Return the score of learning rates around the best, which has the least.
 
@@ -209,7 +201,7 @@ def search(
     """
     found = {round(math.log(r / start, FACTOR)): loss for r, loss in known.items()}
     missing = [k for k in range(-reach, reach + 1) if k not in found]
-    for _ in range(max_steps):
+    for _ in range(12):
         for power in missing:
             found[power] = score(start * FACTOR**power)
         best = min(found, key=lambda k: (found[k], k))  # the lower, if all diverge
@@ -236,10 +228,7 @@ def good_width(found: dict[float, float], tolerance: float = 0.05) -> float:
     fine = np.linspace(x[0], x[-1], 2001)
     losses = np.interp(fine, x, y)
     best = int(np.argmin(losses))
-    good = losses <= losses[best] + math.log1p(tolerance)
-    low, high = best, best
-    while low > 0 and good[low - 1]:
-        low -= 1
-    while high < len(fine) - 1 and good[high + 1]:
-        high += 1
+    bad = np.flatnonzero(losses > losses[best] + math.log1p(tolerance))
+    low = max(bad[bad < best], default=-1) + 1
+    high = min(bad[bad > best], default=len(fine)) - 1
     return float(10 ** (fine[high] - fine[low]))

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file, the table and the plot of a comparison."""
+"""The file and the tables of comparisons."""
 
 import json
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import pandas as pd
+
+from benchmarks.tables import markdown
 
 Result = dict[str, Any]
 
@@ -35,12 +35,6 @@ def difference(
     error = ratio.std(ddof=1) / math.sqrt(len(ratio)) if len(ratio) > 1 else math.nan
     mean = float(ratio.mean())
     return tuple(math.expm1(mean + k * error) for k in (0, -2, 2))
-
-
-def geometric_mean(losses: np.ndarray) -> float:
-    """Return the geometric mean: infinite if any of them is, 0 if any of them is."""
-    with np.errstate(divide="ignore"):
-        return float(np.exp(np.log(losses).mean()))
 
 
 def cost_to_reach(entry: dict[str, Any], baseline: dict[str, Any], steps: int) -> float:
@@ -78,10 +72,23 @@ def change(
     return "diverged" if mean == "+inf" else f"{mean}{unit} ({low} to {high})"
 
 
-def time_to_loss(entry: dict[str, Any], baseline: dict[str, Any], steps: int) -> str:
+def to_adamw(result: Result, name: str, setting: str, unit: str = "") -> str:
+    """Return the difference to AdamW as a table's cell."""
+    found = result["contenders"]
+    return change(found[name][setting], found["AdamW"][setting], unit)
+
+
+def time_to_loss(result: Result, name: str) -> str:
     """Return the share of AdamW's time as a table's cell."""
-    share = cost_to_reach(entry, baseline, steps)
+    found = result["contenders"]
+    share = cost_to_reach(found[name], found["AdamW"], result["steps"])
     return f"{share:.2f}" if math.isfinite(share) else "never"
+
+
+def mean_loss(entry: dict[str, Any], which: str) -> str:
+    """Return the geometric mean of final losses as a table's cell."""
+    with np.errstate(divide="ignore"):
+        return f"{np.exp(np.log(final(entry['equal steps'], which)).mean()):.4g}"
 
 
 def good_width(entry: dict[str, Any]) -> str:
@@ -95,12 +102,6 @@ def rates_tried(entry: dict[str, Any]) -> dict[float, float]:
         float(rate): math.inf if loss is None else loss
         for rate, loss in entry["search"].items()
     }
-
-
-def of_batch(result: Result) -> str:
-    """Say how large a batch is."""
-    size = result["batch_size"]
-    return "one batch of all" if size is None else f"batches of {size}"
 
 
 def others(earlier: Result, result: Result) -> dict[str, Any]:
@@ -135,32 +136,31 @@ def dumps(result: Result) -> str:
 def table(result: Result) -> str:
     """Lay the result out in Markdown."""
     found = result["contenders"]
-    lines = [
-        f"# {result['task']}",
-        "",
-        f"{result['steps']} steps, {of_batch(result)}, depth {result['depth']},"
-        f" {result['seeds']} seeds, {result['device']}, JAX"
+    rows = {
+        name: {
+            "rate": f"{entry['rate']:.3g}",
+            "good within a factor": good_width(entry),
+            "cost": f"{entry['cost']:.2f}",
+            "training loss": mean_loss(entry, "train"),
+            "validation loss": mean_loss(entry, "validation"),
+            "to AdamW, equal steps": to_adamw(result, name, "equal steps", " %"),
+            "to AdamW, equal time": to_adamw(result, name, "equal time", " %"),
+            "time to AdamW's loss": time_to_loss(result, name),
+        }
+        for name, entry in found.items()
+    }
+    size = result["batch_size"]
+    batch = "one batch of all" if size is None else f"batches of {size}"
+    return (
+        f"# {result['task']}\n\n{result['steps']} steps, {batch}, depth"
+        f" {result['depth']}, {result['seeds']} seeds, {result['device']}, JAX"
         f" {result['jax']}. Losses are geometric means over seeds; differences to AdamW"
         " are of validation losses, pair by pair, and lie with two standard errors"
         " between the figures in brackets. Good is a rate whose loss is within 5 % of"
         " the best of the same optimizer. Cost is the time of a step, and the last"
-        " column that in which AdamW's final loss is reached, as shares of AdamW's.",
-        "",
-        "| | rate | good within a factor | cost | training loss | validation loss |"
-        " to AdamW, equal steps | to AdamW, equal time | time to AdamW's loss |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, entry in found.items():
-        cells = [name, f"{entry['rate']:.3g}", good_width(entry)]
-        cells += [f"{entry['cost']:.2f}"]
-        for which in ("train", "validation"):
-            losses = final(entry["equal steps"], which)
-            cells.append(f"{geometric_mean(losses):.4g}")
-        for setting in ("equal steps", "equal time"):
-            cells.append(change(entry[setting], found["AdamW"][setting], " %"))
-        cells.append(time_to_loss(entry, found["AdamW"], result["steps"]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        " column that in which AdamW's final loss is reached, as shares of AdamW's.\n\n"
+        + markdown(pd.DataFrame.from_dict(rows, orient="index"))
+    )
 
 
 def across_tasks(
@@ -170,23 +170,11 @@ def across_tasks(
 ) -> str:
     """Lay out a cell for each contender, or each that is named, on each task."""
     names = names or dict.fromkeys(n for r in results.values() for n in r["contenders"])
-    lines = [
-        "| | " + " | ".join(results) + " |",
-        "|---|" + "---|" * len(results),
-    ]
-    for name in names:
-        cells = [
-            cell(r, name) if name in r["contenders"] else "not run"
-            for r in results.values()
-        ]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def at_equal_time(result: Result, name: str) -> str:
-    """Return the difference to AdamW at equal time as a cell."""
-    found = result["contenders"]
-    return change(found[name]["equal time"], found["AdamW"]["equal time"])
+    columns = {
+        task: {n: cell(r, n) if n in r["contenders"] else "not run" for n in names}
+        for task, r in results.items()
+    }
+    return markdown(pd.DataFrame(columns))
 
 
 def rate(result: Result, name: str) -> str:
@@ -197,12 +185,15 @@ def rate(result: Result, name: str) -> str:
 def beside(result: Result, name: str) -> str:
     """Lay out how the others differ from one contender at equal steps."""
     found = result["contenders"]
-    lines = ["| | rate | difference, % |", "|---|---|---|"]
-    for other, entry in found.items():
-        if other != name:
-            cell = change(entry["equal steps"], found[name]["equal steps"])
-            lines.append(f"| {other} | {rate(result, other)} | {cell} |")
-    return "\n".join(lines) + "\n"
+    rows = {
+        other: {
+            "rate": rate(result, other),
+            "difference, %": change(entry["equal steps"], found[name]["equal steps"]),
+        }
+        for other, entry in found.items()
+        if other != name
+    }
+    return markdown(pd.DataFrame.from_dict(rows, orient="index"))
 
 
 def of_delay(results: dict[str, Result], delayed: dict[str, str]) -> str:
@@ -221,71 +212,16 @@ def of_delay(results: dict[str, Result], delayed: dict[str, str]) -> str:
 
 def of_one(results: dict[str, Result], name: str) -> str:
     """Lay out what one contender does on each task."""
-    lines = [
-        "| | rate | cost of a step | to AdamW, equal steps, % | equal time, % |"
-        " time to AdamW's loss | good rates | AdamW's |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for task, result in results.items():
-        entry, adamw = result["contenders"][name], result["contenders"]["AdamW"]
-        cells = [task, rate(result, name), f"{entry['cost']:.2f}"]
-        for setting in ("equal steps", "equal time"):
-            cells.append(change(entry[setting], adamw[setting]))
-        cells.append(time_to_loss(entry, adamw, result["steps"]))
-        cells += [good_width(entry), good_width(adamw)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def plot(result: Result, path: Path) -> None:
-    """Draw the final losses of each contender at equal time, and the searches."""
-    found = result["contenders"]
-    figure = Figure(figsize=(10, 0.34 * len(found) + 1.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1))
-    ticks = range(len(found))
-    for ax, setting in ((left, "equal steps"), (right, "equal time")):
-        for y, entry in enumerate(found.values()):
-            bounds = difference(entry[setting], found["AdamW"][setting])
-            if math.isfinite(bounds[0]):
-                mean, low, high = (100 * x for x in bounds)
-                ax.plot([low, high], [y, y], color="#0072b2")
-                ax.plot(mean, y, "o", color="#0072b2")
-            else:
-                ax.text(0, y, " diverged", va="center", fontsize=8, color="#777777")
-        ax.axvline(0, color="#d55e00", linewidth=1)
-        if max(map(abs, ax.get_xlim())) > 60:
-            ax.set_xscale("symlog", linthresh=10)
-            ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(title=setting, xlabel="validation loss beside AdamW's, %")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    left.set_yticks(ticks, found)
-    left.set_ylim(len(found) - 0.5, -0.5)
-    figure.suptitle(result["task"], fontsize=11)
-    figure.savefig(path, dpi=120)
-
-
-def plot_rates(entries: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the losses that searches found over the learning rate.
-
-    Those above twice the least are not shown.
-    """
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
-    least = math.inf
-    for name, entry in entries.items():
-        tried = rates_tried(entry)
-        losses = list(tried.values())
-        least = min(least, *losses)
-        if len(tried) == 1:
-            ax.axhline(losses[0], color="#777777", linestyle="--", label=name)
-        else:
-            ax.plot(list(tried), losses, "o-", label=name)
-    ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
-    ax.set(ylim=(0.97 * least, 2 * least), title=path.stem.replace("_", ", "))
-    ax.grid(alpha=0.3)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    rows = {
+        task: {
+            "rate": rate(result, name),
+            "cost of a step": f"{result['contenders'][name]['cost']:.2f}",
+            "to AdamW, equal steps, %": to_adamw(result, name, "equal steps"),
+            "equal time, %": to_adamw(result, name, "equal time"),
+            "time to AdamW's loss": time_to_loss(result, name),
+            "good rates": good_width(result["contenders"][name]),
+            "AdamW's": good_width(result["contenders"]["AdamW"]),
+        }
+        for task, result in results.items()
+    }
+    return markdown(pd.DataFrame.from_dict(rows, orient="index"))

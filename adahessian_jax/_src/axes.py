@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done alike on each device of a ``pmap`` or ``shard_map`` axis, and what not.
+
+An ``axis_name`` is the name of an axis, a tuple of names, or None for no axis.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+
+AxisName = str | tuple[str, ...] | None
+
+
+def axis_key(key: Array, axis_name: AxisName) -> Array:
+    """Return a key of its own for each device of an axis; without one, ``key``."""
+    if axis_name is None:
+        return key
+    try:
+        return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+    except NameError:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here: call update inside jax.pmap,"
+            " jax.shard_map or jax.vmap with that axis name, or leave axis_name out."
+        ) from None
+
+
+def axis_size(axis_name: AxisName) -> int:
+    """Return the number of devices of an axis, 1 without one."""
+    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
+
+
+def sum_over_axis(tree: Any, axis_name: AxisName) -> Any:
+    """Add a tree up over an axis."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def mean_over_axis(tree: Any, axis_name: AxisName) -> Any:
+    """Average the floating-point leaves of a tree over an axis."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(
+        lambda x: jax.lax.pmean(x, axis_name) if is_differentiable(x) else x, tree
+    )
+
+
+def as_varying(tree: Any, axis_name: AxisName) -> Any:
+    """Take a tree for one that differs between devices, so that derivatives may.
+
+    Inside ``jax.shard_map``, which keeps account of what differs, the derivative in
+    something that all devices share is the sum of the derivatives on all of them.
+    """
+    if axis_name is None or not hasattr(jax, "typeof"):
+        return tree
+    manual = jax.sharding.get_abstract_mesh().manual_axes  # none inside vmap
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    names = tuple(name for name in names if name in manual)
+    return jax.tree.map(lambda x: _vary(x, names) if is_differentiable(x) else x, tree)
+
+
+def zeros_of_type(like: jax.ShapeDtypeStruct) -> Array:
+    """Return zeros to add up in, cut and differing between devices as others are."""
+    dtype = accumulation_dtype(like) if is_differentiable(like) else like.dtype
+    sharding = getattr(like, "sharding", None)
+    zeros = jnp.zeros(like.shape, dtype, device=sharding)
+    return _vary(zeros, tuple(_varying_axes(like)))
+
+
+def _vary(x: Any, names: tuple[str, ...]) -> Any:
+    """Take an array for one that differs along the named axes of devices."""
+    known = _varying_axes(_type_of(x))
+    new = tuple(name for name in names if name not in known)
+    if not new:
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, new, to="varying")
+    return jax.lax.pvary(x, new)  # type: ignore[attr-defined,unused-ignore]
+
+
+def _varying_axes(kind: Any) -> frozenset[Any]:
+    """Return the axes along which arrays of a type differ, where JAX keeps account."""
+    if hasattr(kind, "manual_axis_type"):
+        return getattr(kind.manual_axis_type, "varying", frozenset())
+    return getattr(kind, "vma", None) or frozenset()
+
+
+def gathered(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Return an array uncut by a mesh of explicit axes, and how to cut it as before."""
+    sharding: Any = getattr(_type_of(x), "sharding", None)
+    if all(axis is None for axis in getattr(sharding, "spec", ())):
+        return x, lambda y: y
+    nowhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    reshard = jax.sharding.reshard
+    return reshard(x, nowhere), lambda y: reshard(y, sharding)
+
+
+def _type_of(x: Any) -> Any:
+    return jax.typeof(x) if hasattr(jax, "typeof") else None

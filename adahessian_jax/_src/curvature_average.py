@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When curvature is estimated, and how estimates enter their moving average."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from adahessian_jax._src import checks
+from adahessian_jax._src.averaging_rule import AveragingRule, average, warn_if_unused
+from adahessian_jax._src.curvature_state import (
+    CurvatureState,
+    check_curvature,
+    check_state,
+)
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, wide
+from adahessian_jax._src.estimator import Curvature, as_estimator, declare
+from adahessian_jax._src.masking import mask_like
+from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias
+from adahessian_jax._src.xla import cond
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvatureAverage:
+    """The moving average of curvature that a transformation divides by.
+
+    The attributes are the arguments of :func:`adahessian_jax.scale_by_adahessian` of
+    these names, and ``reuse_estimate``: whether between estimates the last one enters
+    the average on every update, as some published forms have it. Otherwise estimates
+    alone move the average, and its bias is corrected by their number.
+
+    Entries of an estimate whose contribution to the average is not finite are left out,
+    each for itself: the average's bias-corrected value stays as it was, and
+    ``state.nonfinite`` counts them. The average of an entry that never had an estimate
+    is infinite, and so an update that is divided by it zero.
+    """
+
+    b2: ArrayLike
+    hessian_ema: str
+    estimator: Any
+    update_interval: int | Array
+    initial_refreshes: int | Array
+    averaging: AveragingRule | None
+    nu_dtype: Any
+    reuse_estimate: bool = False
+
+    def __post_init__(self) -> None:
+        """Check all arguments."""
+        checks.check_float("b2", self.b2, 0.0, 1.0)
+        checks.check_choice("hessian_ema", self.hessian_ema, ("rms", "mean"))
+        checks.check_int("update_interval", self.update_interval, 1, traceable=True)
+        checks.check_int("initial_refreshes", self.initial_refreshes, 0, traceable=True)
+        if self.averaging is not None:
+            checks.check_callable("averaging", self.averaging, "(path, leaf) -> leaf")
+        nu_dtype = checks.check_float_dtype("nu_dtype", self.nu_dtype)
+        object.__setattr__(self, "nu_dtype", nu_dtype)
+        object.__setattr__(self, "estimator", as_estimator(self.estimator))
+
+    @property
+    def always(self) -> bool:
+        """Whether every update estimates, so that nothing is decided while running."""
+        return isinstance(self.update_interval, int) and self.update_interval == 1
+
+    @property
+    def keeps_estimate(self) -> bool:
+        """Whether the state holds the last estimate."""
+        return self.reuse_estimate and not self.always
+
+    @property
+    def order(self) -> int:
+        """The power of the estimate that is averaged."""
+        return 2 if self.hessian_ema == "rms" else 1
+
+    def init(self, params: optax.Params) -> CurvatureState:
+        """Return the initial state."""
+        checks.check_real("params", params)
+        declare(self)
+        warn_if_unused(self.averaging, params)
+        zeros = zeros_like(average(self.averaging, zeros_like(params)), self.nu_dtype)
+
+        def count() -> Array:  # an array each: a buffer can be donated once
+            return jnp.zeros([], jnp.int32)
+
+        def never_estimated() -> optax.Updates:
+            return jax.tree.map(
+                lambda x: jnp.full_like(x, jnp.inf) if is_differentiable(x) else x + 0,
+                zeros,
+            )
+
+        return CurvatureState(
+            count=count(),
+            refreshes=count(),
+            nonfinite=count(),
+            nu=never_estimated(),
+            estimate=never_estimated() if self.keeps_estimate else None,
+            refresh_due=None if self.always else jnp.array(True),
+            estimator_state=self.estimator.init(params),
+        )
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: CurvatureState,
+        params: optax.Params | None,
+        *,
+        hessian_diag: optax.Updates | None = None,
+        curvature: Curvature | None = None,
+        **extra_args: Any,
+    ) -> CurvatureState:
+        """Return the state moved on."""
+        checks.check_params(params)
+        checks.check_like("updates", updates, params)
+        checks.check_spelling(extra_args, _EXTRA_ARGS)
+        initial = jax.eval_shape(self.estimator.init, params)
+        check_state(state, initial, self.always, self.keeps_estimate)
+        self._check_shapes(state, params)
+
+        def fresh(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
+            if curvature is not None:
+                name, diag = "curvature", curvature.estimate
+            elif hessian_diag is not None:
+                name, diag = "hessian_diag", hessian_diag
+            else:
+                name = "the estimator's diagonal"
+                args = {**extra_args, **self.handed_on(state)}
+                diag, estimator_state = self.estimator.update(
+                    updates, estimator_state, params, **args
+                )
+            diag = mask_like(diag, params)
+            checks.check_like(name, diag, params)
+            diag = average(self.averaging, jax.tree.map(_as_estimate, diag, state.nu))
+            diag = jax.tree.map(lambda d, v: d.astype(v.dtype), diag, state.nu)
+            usable = jax.tree.map(self._is_usable, diag, state.nu)
+            nonfinite = _saturating_sum(state.nonfinite, usable)
+            if self.keeps_estimate:
+                chosen = jax.tree.map(jnp.where, usable, diag, state.estimate)
+            else:
+                chosen = self._moved(state, diag, usable)
+            return chosen, nonfinite, estimator_state
+
+        def kept(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
+            chosen = state.estimate if self.keeps_estimate else state.nu
+            return chosen, state.nonfinite, estimator_state
+
+        refresh: Any = True if self.always else state.refresh_due
+        estimator_state = state.estimator_state
+        if curvature is not None:
+            check_curvature(curvature, state)
+            estimator_state = curvature.estimator_state
+            if self.always or curvature.refreshed is None:
+                refresh = curvature.estimate is not None
+            else:  # estimated, but maybe for another group of parameters
+                refresh = refresh & curvature.refreshed
+        nu, nonfinite, estimator_state = cond(refresh, fresh, kept, estimator_state)
+        estimate = None
+        if self.keeps_estimate:
+            usable = jax.tree.map(lambda _: True, nu)
+            nu, estimate = self._moved(state, nu, usable), nu
+        count = optax.safe_increment(state.count)
+        due = (count % self.update_interval == 0) | (count < self.initial_refreshes)
+        seen = optax.safe_increment(state.refreshes)
+        return CurvatureState(
+            count=count,
+            refreshes=jnp.where(refresh, seen, state.refreshes),
+            nonfinite=nonfinite,
+            nu=nu,
+            estimate=estimate,
+            refresh_due=None if self.always else due,
+            estimator_state=estimator_state,
+        )
+
+    def bias_correction(self, state: CurvatureState) -> Array:
+        """Return the factor that ``state.nu`` is to be multiplied by."""
+        return debias(self.b2, self._terms(state))
+
+    def _terms(self, state: CurvatureState) -> Array:
+        """Return how many times the average has moved."""
+        return state.count if self.keeps_estimate else state.refreshes
+
+    def handed_on(self, state: CurvatureState) -> dict[str, CurvatureEMA]:
+        """Return the average for a control variate, if it is one of the Hessian."""
+        if self.hessian_ema != "mean":
+            return {}
+        known = jax.tree.map(lambda v: jnp.where(jnp.isinf(v), 0, v), state.nu)
+        return {"curvature_ema": CurvatureEMA(known, self.b2, self._terms(state))}
+
+    def _check_shapes(self, state: CurvatureState, params: optax.Params) -> None:
+        """Raise unless the average has the shapes that averaging leaves."""
+        checks.check_structure("state.nu", state.nu, params)
+        averaged = jax.eval_shape(
+            lambda p: average(self.averaging, zeros_like(p)), params
+        )
+        trees = state.nu, averaged
+        got, expected = ([x.shape for x in jax.tree.leaves(t)] for t in trees)
+        if got != expected:
+            raise ValueError(
+                "state must come from an optimizer with the same averaging: its nu has"
+                f" the shapes {got}, this one's averages have {expected}. Make a new"
+                " state by tx.init(params)."
+            )
+
+    def _is_usable(self, d: Array, v: Array) -> Array:
+        """Whether what each entry adds to the average is finite in its dtype."""
+        if not is_differentiable(v):
+            return jnp.ones(v.shape, bool)
+        d = d.astype(accumulation_dtype(d, v))
+        return jnp.isfinite((d**self.order).astype(v.dtype))
+
+    def _moved(
+        self, state: Any, diag: optax.Updates, usable: optax.Updates
+    ) -> optax.Updates:
+        """Return the average moved towards an estimate, where that is usable."""
+        terms = self._terms(state)
+        correction = debias(self.b2, jnp.maximum(terms, 1))
+        seen = 1 / debias(self.b2, optax.safe_increment(terms))
+
+        def moved(d: Array, v: Array, ok: Any) -> Array:
+            if not is_differentiable(v):
+                return v
+            dtype = accumulation_dtype(d, v)
+            d, old = d.astype(dtype), v.astype(dtype)
+            b, never = as_dtype(self.b2, dtype), jnp.isinf(old)
+            # What leaves the bias-corrected average as it is, if there is nothing new.
+            new = jnp.where(ok, d**self.order, old * correction.astype(dtype))
+            weight = jnp.where(never, seen.astype(dtype), 1 - b)
+            return (weight * new + jnp.where(never, 0, b * old)).astype(v.dtype)
+
+        return jax.tree.map(moved, diag, state.nu, usable)
+
+
+_EXTRA_ARGS = ("obj_fn", "predict_fn", "labels", "hessian_diag", "curvature", "grad")
+
+
+def zeros_like(tree: Any, dtype: Any = None) -> optax.Updates:
+    """Return zeros, sharded like ``tree``, its floating-point leaves in ``dtype``."""
+
+    def zeros(x: Any) -> Array:
+        return jnp.zeros_like(x, dtype=dtype if is_differentiable(x) else None)
+
+    return jax.tree.map(zeros, tree)
+
+
+def _as_estimate(d: Any, v: Array) -> Array:
+    """Return an estimate of any dtype as numbers that can be averaged."""
+    d = jnp.asarray(d)
+    if not is_differentiable(v):
+        return d
+    return wide(d) if is_differentiable(d) else d.astype(accumulation_dtype(v))
+
+
+def _saturating_sum(total: Array, usable: optax.Updates) -> Array:
+    """Add how many entries are not usable."""
+    new = jnp.zeros_like(total)
+    for x in jax.tree.leaves(usable):
+        new = new + jnp.sum(~x, dtype=total.dtype)
+    largest = jnp.iinfo(total.dtype).max
+    return jnp.where(new > largest - total, largest, total + new)

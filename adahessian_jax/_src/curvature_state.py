@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of an average of curvature: how to find it, and what fits it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from adahessian_jax._src.checks import raise_if
+from adahessian_jax._src.estimator import Curvature, check_same_estimator
+
+
+class CurvatureState(NamedTuple):
+    """An average of curvature and what moves it on.
+
+    Checkpoints of it stay readable within a minor version. A version that adds, drops
+    or renames a field says so in the changelog under "State", with what to put in its
+    place; a state of another configuration is refused by ``update``.
+
+    Attributes:
+      count: number of updates so far, shape (), int32.
+      refreshes: number of estimates so far, shape (), int32.
+      nonfinite: how many entries of estimates were left out, because they, or their
+        squares with ``"rms"``, were not finite, shape (), int32.
+      nu: moving average of the curvature, not bias-corrected, infinite where there
+        never was an estimate; structure of the parameters, at the size that averaging
+        leaves.
+      estimate: the last estimate, at that size, where it enters the average again.
+      refresh_due: whether the next update estimates, bool of shape (); None if every
+        one does.
+      estimator_state: the estimator's state.
+    """
+
+    count: Array  # type: ignore[assignment]  # hides tuple.count
+    refreshes: Array
+    nonfinite: Array
+    nu: optax.Updates
+    estimate: optax.Updates | None
+    refresh_due: Array | None
+    estimator_state: optax.OptState
+
+
+def find_states(state: optax.OptState) -> list[CurvatureState]:
+    """Return the states of curvature inside that of a chain or wrapper.
+
+    There is more than one where ``optax.partition`` gives groups of parameters a
+    transformation each.
+    """
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, CurvatureState)
+
+    return [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+
+
+def find_state(state: optax.OptState) -> CurvatureState:
+    """Return the only state of curvature inside that of a chain or wrapper."""
+    found = find_states(state)
+    if not found:
+        raise ValueError(no_curvature("state", type(state).__name__))
+    if len(found) > 1:
+        raise ValueError(
+            f"state contains the states of {len(found)} transformations by curvature:"
+            " pass that of one, for optax.partition state.inner_states[label]."
+        )
+    return found[0]
+
+
+def no_curvature(name: str, got: str) -> str:
+    """Say that there is no curvature in an optimizer, or in its state."""
+    return (
+        f"{name} must be that of an optimizer by curvature, such as newton, adahessian"
+        f" or scale_by_adahessian, and there is none in this {got}. Other optimizers"
+        " need no estimate: use jax.value_and_grad."
+    )
+
+
+def check_state(state: Any, initial: Any, always: bool, keeps_estimate: bool) -> None:
+    """Raise unless a state is of this configuration: one restored may not be.
+
+    Args:
+      state: the state.
+      initial: an initial state of the estimator.
+      always: whether every update estimates.
+      keeps_estimate: whether the state has the last estimate.
+    """
+    if not isinstance(state, CurvatureState):
+        raise TypeError(
+            f"state must be a CurvatureState, got a {type(state).__name__}. Restore"
+            " checkpoints into the structure of tx.init(params)."
+        )
+    for name, expected, got in (
+        ("update_interval", always, state.refresh_due is None),
+        ("update_each", keeps_estimate, state.estimate is not None),
+    ):
+        if expected != got:
+            raise ValueError(
+                "state must come from an optimizer of the same configuration, and this"
+                f" one has another {name}. A change between 1 and more needs a new"
+                " state: state = tx.init(params)."
+            )
+    check_same_estimator("state", state.estimator_state, initial)
+
+
+def check_curvature(curvature: Any, state: CurvatureState) -> None:
+    """Raise unless a curvature was made for this state, as far as can be seen."""
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "curvature must be what value_and_grad_with_curvature returned, got"
+            f" {curvature!r}. For an estimate of your own use hessian_diag."
+        )
+    check_same_estimator("curvature", curvature.estimator_state, state.estimator_state)
+    raise_if(
+        curvature.count != state.count,
+        "curvature was computed for another state of the optimizer: call"
+        " value_and_grad_with_curvature's function with the state that is given to"
+        " update.",
+    )
+    if curvature.estimate is None:
+        raise_if(
+            state.refreshes == 0,
+            "refresh=False before any estimate was made: the first call needs"
+            " refresh=True or None.",
+        )
+
+
+def nan_if_stale(curvature: Curvature | None, state: CurvatureState) -> Any:
+    """Return 1, or NaN if a curvature was made for another state.
+
+    Nothing can be raised inside jit: a mistake must not pass unnoticed.
+    """
+    if curvature is None:
+        return 1.0
+    return jnp.where(curvature.count == state.count, 1.0, jnp.nan)

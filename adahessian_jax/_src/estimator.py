@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an estimator of curvature is, how one is found, and what it hands on."""
+
+import contextvars
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from adahessian_jax._src.axes import AxisName
+from adahessian_jax._src.checks import check_params
+from adahessian_jax._src.dtypes import is_differentiable
+from adahessian_jax._src.loss import Loss
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Estimator:
+    """An estimator that can share its pass over the network with the gradient.
+
+    As a transformation it is what optax takes: its ``update`` is this object, called,
+    and returns the Hessian's diagonal in place of the updates. That leaves a plain
+    ``optax.GradientTransformationExtraArgs``, and so a valid pytree.
+
+    Attributes:
+      axis_name: the axis of devices over which estimates, but not gradients, are
+        averaged.
+    """
+
+    axis_name: AxisName
+
+    @property
+    def loss(self) -> Loss | None:
+        """The loss whose outputs ``loss_fn`` has to return beside it, if any."""
+        return None
+
+    @property
+    def factor(self) -> "Estimator | None":
+        """The estimator whose estimate's square this one's is, if any.
+
+        Its estimate is a vector g for which the mean of its outer product with itself
+        is the curvature, off the diagonal too.
+        """
+        return None
+
+    @property
+    def transformation(self) -> optax.GradientTransformationExtraArgs:
+        """The estimator as optax takes it."""
+        return optax.GradientTransformationExtraArgs(self.init, self)
+
+    def init(self, params: optax.Params) -> Any:
+        """Return the initial state."""
+        raise NotImplementedError
+
+    def __call__(
+        self, updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        """Return the diagonal and the new state."""
+        check_params(params)
+        return self.value_and_grad(None, state, params, **extra_args)[2:]
+
+    def value_and_grad(
+        self, fun: Any, state: Any, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any, optax.Updates, Any]:
+        """Return value, gradient and diagonal of one pass, and the new state.
+
+        ``fun`` maps parameters to ``(loss, aux)``, or with a ``loss`` to ``((loss,
+        outputs), aux)``. Without it there is neither value nor gradient, and the
+        functions are those of ``update``, among ``extra_args``.
+        """
+        raise NotImplementedError
+
+
+class Curvature(NamedTuple):
+    """An estimate, or word that there is none, on its way to the optimizer.
+
+    Attributes:
+      estimate: the Hessian's diagonal, None where none was made.
+      estimator_state: the estimator's state after it.
+      count: the optimizer's count when it was made, shape (), int32.
+      refreshed: whether an estimate was made, bool of shape (), if that was decided
+        while running.
+    """
+
+    estimate: optax.Updates | None
+    estimator_state: Any
+    count: Array  # type: ignore[assignment]  # hides tuple.count
+    refreshed: Array | None
+
+
+def as_estimator(estimator: Any) -> optax.GradientTransformationExtraArgs:
+    """Check that something is a transformation; let it take extra arguments."""
+    if not isinstance(estimator, optax.GradientTransformation):
+        raise TypeError(
+            "estimator must be an optax.GradientTransformation, as hutchinson()"
+            f" returns, got {estimator!r}."
+        )
+    return optax.with_extra_args_support(estimator)
+
+
+_asked: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
+    "asked", default=None
+)
+
+
+def declare(average: Any) -> None:
+    """Name an average of curvature, where :func:`find_averages` asks for it."""
+    asked = _asked.get()
+    if asked is not None:
+        asked.append(average)
+
+
+def find_averages(tx: optax.GradientTransformation, params: optax.Params) -> list[Any]:
+    """Return the averages of curvature in an optimizer, and so their estimators.
+
+    Chains and wrappers of any kind call the ``init`` of what they hold, which therefore
+    is asked.
+    """
+    token = _asked.set([])
+    try:
+        jax.eval_shape(lambda p: tx.init(p), params)  # anew: a known one is not called
+        return _asked.get() or []
+    finally:
+        _asked.reset(token)
+
+
+def are_alike(a: Any, b: Any) -> bool:
+    """Whether two estimators were made with the same arguments."""
+    if a is b:
+        return True
+    a, b = a.update, b.update
+    if type(a) is not type(b) or not isinstance(a, Estimator):
+        return False
+    names = [field.name for field in dataclasses.fields(a)]
+    return all(_equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Estimator) and isinstance(b, Estimator):
+        return are_alike(a.transformation, b.transformation)
+    if isinstance(a, Array) and isinstance(b, Array):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a = jax.random.key_data(a)
+        return a is b or (a.dtype == b.dtype and np.array_equal(a, b))
+    return bool(a is b or a == b)
+
+
+def check_same_estimator(name: str, state: Any, expected: Any) -> None:
+    """Raise ValueError unless two states are those of estimators of the same kind."""
+    # A key may be typed in one and raw in the other.
+    shapes, expected_shapes = (
+        [jnp.shape(x) for x in jax.tree.leaves(s) if is_differentiable(x)]
+        for s in (state, expected)
+    )
+    structure: Any = jax.tree.structure(state)
+    expected_structure: Any = jax.tree.structure(expected)
+    if structure != expected_structure or shapes != expected_shapes:
+        raise ValueError(
+            f"{name} comes from another estimator than the optimizer's: its state is"
+            f" {structure} with arrays of shapes {shapes}, the optimizer's"
+            f" {expected_structure} with {expected_shapes}. Give both the same"
+            " estimator."
+        )

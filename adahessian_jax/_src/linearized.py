@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network linearised at its parameters, and the factor of its Gauss-Newton matrix."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adahessian_jax._src.axes import AxisName
+from adahessian_jax._src.checks import check_callable, check_scalar, raise_if
+from adahessian_jax._src.derivatives import Floats, split_differentiable
+from adahessian_jax._src.dtypes import is_differentiable, wide
+from adahessian_jax._src.loss import Loss, masked
+from adahessian_jax._src.masking import explain
+from adahessian_jax._src.probes import rademacher_like
+
+
+class LinearizedModel(NamedTuple):
+    """A network's outputs at some parameters, and its transposed Jacobian.
+
+    Cotangents of the parameters are lists of the floating-point leaves. ``evaluate``
+    maps parameters to loss, outputs and value, where ``value`` is ``(loss, aux)``.
+    """
+
+    evaluate: Callable[[Any], tuple[Array, Array, Any]]
+    value: Any
+    gradient: Callable[[], Floats]
+    outputs: Array
+    where: Array | None
+    pullback: Callable[[Array], Floats]
+    as_params: Callable[[Floats], Any]
+
+
+def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
+    """Evaluate a network and prepare products with its transposed Jacobian.
+
+    Args:
+      fun: from parameters to ``((loss, outputs), aux)``, or None.
+      predict_fn: from parameters to outputs, in place of ``fun``.
+      params: the parameters.
+    """
+    name = "predict_fn" if fun is None else "loss_fn"
+    predict = _explained(predict_fn, params) if fun is None else None
+    floats, rebuild = split_differentiable(params)
+    _, rebuild_diag = split_differentiable(jax.tree.map(jnp.zeros_like, params))
+
+    def loss_and_outputs(params: Any) -> tuple[Any, Any]:
+        out, aux = ((jnp.zeros(()), predict(params)), None) if predict else fun(params)
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(
+                f"{name} must return (loss, outputs) for a Gauss-Newton estimator, or"
+                " (loss, (outputs, where)), and with has_aux a pair of that and the"
+                f" auxiliary values, got {jax.tree.map(jnp.shape, out)}."
+            )
+        loss, result = out
+        outputs, where = _outputs_and_where(name, result)
+        return (check_scalar(name, loss), outputs), (where, aux)
+
+    def evaluate(params: Any) -> tuple[Array, Array, Any]:
+        (loss, outputs), (_, aux) = loss_and_outputs(params)
+        return loss, outputs, (loss, aux)
+
+    (loss, outputs), pullback, (where, aux) = jax.vjp(
+        lambda x: loss_and_outputs(rebuild(x)), floats, has_aux=True
+    )
+    raise_if(jnp.any(jnp.isnan(outputs)), f"{name} returned outputs that are NaN.")
+    return LinearizedModel(
+        evaluate=evaluate,
+        value=(loss, aux),
+        gradient=lambda: pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))[0],
+        outputs=outputs,
+        where=where,
+        pullback=lambda s: pullback((jnp.zeros_like(loss), s.astype(outputs.dtype)))[0],
+        as_params=lambda leaves: rebuild_diag(
+            [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
+        ),
+    )
+
+
+def push_forward(
+    predict_fn: Any, params: Any, tangents: Floats
+) -> tuple[Array, Array | None, Array]:
+    """Evaluate a network, and multiply its Jacobian by one vector.
+
+    Returns:
+      The outputs, ``where`` if ``predict_fn`` returns it, and the tangents of the
+      outputs.
+    """
+    predict = _explained(predict_fn, params)
+    floats, rebuild = split_differentiable(params)
+    outputs, tangent, where = jax.jvp(
+        lambda x: _outputs_and_where("predict_fn", predict(rebuild(x))),
+        (floats,),
+        ([v.astype(x.dtype) for v, x in zip(tangents, floats, strict=True)],),
+        has_aux=True,
+    )
+    raise_if(jnp.any(jnp.isnan(outputs)), "predict_fn returned outputs that are NaN.")
+    return outputs, where, tangent
+
+
+def _explained(predict_fn: Any, params: Any) -> Callable[[Any], Any]:
+    if predict_fn is None:
+        raise ValueError(
+            "Gauss-Newton needs the network's outputs and got no predict_fn. Pass a"
+            " function of the parameters: tx.update(grads, state, params,"
+            " predict_fn=lambda p: model.apply(p, x)). Where only the loss is at hand,"
+            " use hutchinson, which takes obj_fn."
+        )
+    check_callable("predict_fn", predict_fn, "params -> outputs")
+    return explain("predict_fn", predict_fn, params)
+
+
+def _outputs_and_where(name: str, result: Any) -> tuple[Array, Any]:
+    outputs, where = result if isinstance(result, tuple) else (result, None)
+    if not hasattr(outputs, "dtype") or not is_differentiable(outputs):
+        raise TypeError(
+            f"{name} must return a floating-point array of outputs, or a tuple"
+            f" (outputs, where), got {jax.tree.map(jnp.shape, result)}."
+        )
+    return outputs, where
+
+
+def gauss_newton_factor(
+    key: Array, loss: Loss, model: LinearizedModel, labels: Any, axis_name: AxisName
+) -> Floats:
+    """Pull S u back, for random signs u."""
+    labels = loss.curvature_labels(labels)
+    weights = loss.row_weights(model.outputs, model.where, axis_name)
+    outputs = masked(wide(model.outputs), weights)
+    factor = loss.factor(outputs, rademacher_like(key, outputs), labels)
+    factor = masked(factor, weights) * jnp.sqrt(weights)
+    return [wide(g) for g in model.pullback(factor)]

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Orthogonal matrices, whole or by the first of their columns."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adahessian_jax._src.axes import gathered
+
+PRECISION = jax.lax.Precision.HIGHEST  # they have to stay orthogonal
+
+
+class Reflectors(NamedTuple):
+    r"""An orthogonal matrix of which only the first columns matter.
+
+    It is :math:`Q = I - U V^\top`, the product of k Householder reflections: 2 n k
+    numbers in place of n², and 4 n k operations for a vector in place of 2 n².
+
+    Attributes:
+      left: U, shape (n, k), the product of V and an upper triangular matrix.
+      right: V, shape (n, k), lower trapezoidal with ones on the diagonal.
+
+    References:
+      Schreiber and Van Loan, `A Storage-Efficient WY Representation for Products of
+      Householder Transformations <https://doi.org/10.1137/0910005>`_, 1989
+    """
+
+    left: Array
+    right: Array
+
+
+Orthogonal = Array | Reflectors
+
+
+def orthogonal_from_columns(columns: Array) -> Orthogonal:
+    """Return an orthogonal matrix whose first columns span those given, in order.
+
+    It is an array where all columns are given, and else as reflectors.
+    """
+    n, k = columns.shape
+    if k == n:
+        return jnp.linalg.qr(columns)[0]
+    packed, tau = jnp.linalg.qr(columns, mode="raw")
+    v = jnp.tril(packed.mT, -1) + jnp.eye(n, k, dtype=columns.dtype)
+    # U = V T with T^-1 = diag(1 / tau) + striu(V^T V); tau is 0 for no reflection.
+    upper = jnp.triu(jnp.dot(v.T, v, precision=PRECISION), 1)
+    triangle = jax.scipy.linalg.solve_triangular(
+        jnp.eye(k, dtype=columns.dtype) + tau[:, None] * upper,
+        jnp.diag(tau),
+        unit_diagonal=True,
+    )
+    return Reflectors(jnp.dot(v, triangle, precision=PRECISION), v)
+
+
+def first_columns(q: Orthogonal) -> Array:
+    """Return the columns that a matrix was made from, orthonormal, shape (n, k)."""
+    if not isinstance(q, Reflectors):
+        return q
+    u, v = q
+    n, k = v.shape
+    return jnp.eye(n, k, dtype=v.dtype) - jnp.dot(u, v[:k].T, precision=PRECISION)
+
+
+def multiply_along(q: Orthogonal, x: Array, axis: int, *, transpose: bool) -> Array:
+    """Multiply a tensor by a matrix, or by its transpose, along one axis."""
+    if not isinstance(q, Reflectors):
+        return _along(q.T if transpose else q, x, axis)
+    u, v = reversed(q) if transpose else q
+    return x.astype(u.dtype) - _along(u, _along(v.T, x, axis), axis)
+
+
+def _along(matrix: Array, x: Array, axis: int) -> Array:
+    x = x.astype(matrix.dtype)
+    if axis == x.ndim - 1:
+        return jnp.tensordot(x, matrix, (axis, 1), precision=PRECISION)
+    product = jnp.tensordot(matrix, x, (1, axis), precision=PRECISION)
+    return jnp.moveaxis(product, 0, axis)
+
+
+Bases = tuple[Orthogonal | None, ...]  # one for each axis
+
+
+def rotate(x: Array, bases: Bases, *, back: bool = False) -> Array:
+    """Return the coordinates of a tensor in its bases, or the tensor of coordinates."""
+    if all(q is None for q in bases):
+        return x
+    x, cut = gathered(x)
+    for axis, q in enumerate(bases):
+        if q is not None:
+            x = multiply_along(q, x, axis, transpose=not back)
+    return cut(x)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A basis for each tensor in which its curvature is nearly diagonal."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from adahessian_jax._src.axes import gathered
+from adahessian_jax._src.checks import check_float, check_int
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.estimator import Estimator, as_estimator
+from adahessian_jax._src.loss import Loss
+from adahessian_jax._src.moving_average import ema
+from adahessian_jax._src.orthogonal import (
+    PRECISION,
+    Bases,
+    Orthogonal,
+    first_columns,
+    orthogonal_from_columns,
+    rotate,
+)
+
+Products = tuple[Array | None, ...]
+
+
+class EigenbasisState(NamedTuple):
+    """State of an estimator in an eigenbasis.
+
+    Attributes:
+      estimator_state: that of the estimator inside.
+      products: for each parameter, in the order of ``jax.tree.leaves``, a tuple with an
+        entry for each of its axes: the partial trace of its curvature over all other
+        axes, a moving average, times the vectors of the basis, shape (size, number of
+        vectors), or None for an axis that is not turned.
+      bases: the same of orthogonal matrices, whose first columns are these vectors.
+    """
+
+    estimator_state: optax.OptState
+    products: tuple[Products, ...]
+    bases: tuple[Bases, ...]
+
+
+def in_eigenbasis(
+    estimator: optax.GradientTransformation,
+    *,
+    decay: ArrayLike = 0.98,
+    max_dim: int = 64,
+    n_vectors: int = 8,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Estimate the diagonal in a basis in which the curvature is nearly diagonal.
+
+    A diagonal says nothing of how parameters interact. This estimator turns the axes of
+    each tensor so that they interact less, and estimates the diagonal there; the
+    optimizers of this library take their step in the turned axes and turn it back. For
+    a matrix :math:`W` with Gauss-Newton matrix :math:`G_{(ij),(kl)}`, the axes are
+    those of the eigenvectors of its partial traces
+
+    .. math::
+      L_{ik} = \sum_j G_{(ij),(kj)} = \mathrm{E}\, (g g^\top)_{ik}, \qquad
+      R_{jl} = \sum_i G_{(ij),(il)} = \mathrm{E}\, (g^\top g)_{jl},
+
+    where :math:`g` is the Gauss-Newton factor as a matrix, whose square is the estimate
+    of :func:`adahessian_jax.gauss_newton`. With the eigenvectors :math:`Q_L, Q_R` as
+    columns, the estimate is the square of :math:`Q_L^\top g\, Q_R`: the exact diagonal
+    in that basis, in the mean, whether or not G is a Kronecker product. A tensor of any
+    order has a partial trace and a basis for each of its axes; that of a vector is the
+    whole of its block of G.
+
+    Partial traces are moving averages over estimates, and each estimate moves the bases
+    by one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. A basis
+    for an axis longer than ``max_dim`` follows its leading eigenvectors only, which
+    have most of the curvature, and leaves other directions nearly as they are. Use an
+    ``update_interval`` of 20 or so.
+
+    Args:
+      estimator: :func:`adahessian_jax.gauss_newton` with one sample.
+      decay: decay rate of the moving averages of partial traces, in [0, 1).
+      max_dim: axes of up to this size n, at least 1, have a complete basis: 2 n²
+        numbers of state, and 4 n operations for each entry of the tensor in an update.
+      n_vectors: how many leading eigenvectors a longer axis has, 0 or more: 3 n k
+        numbers for k of them, and 8 k operations for each entry. With 0 longer axes
+        are left as they are.
+
+    Returns:
+      A transformation for :func:`adahessian_jax.adahessian` and
+      :func:`adahessian_jax.scale_by_adahessian`. Its ``update`` takes what
+      that of ``estimator`` takes and returns the diagonal in the bases of the new
+      state, an :class:`EigenbasisState`, in the structure, shapes and dtypes of
+      ``params``. Other optimizers, such as ``optax.contrib.sophia``, would take it for
+      the diagonal in the parameters' own axes: do not give it to them.
+
+    Raises:
+      ValueError: if ``decay``, ``max_dim`` or ``n_vectors`` is out of range, or the
+        estimator has no single factor.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> x = jnp.array([[9.0, 9.1, 1.0], [5.0, 4.8, -3.0], [-7.0, -7.2, 2.0]])
+      >>> tx = ah.adahessian(0.3, b2=0.95, hessian_ema="mean", clip_threshold=1.0,
+      ...   estimator=ah.in_eigenbasis(ah.gauss_newton(ah.losses.squared_error)))
+      >>> w = jnp.ones((3, 1))
+      >>> state = tx.init(w)
+      >>> for _ in range(200):
+      ...   loss, grads = jax.value_and_grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+      ...   updates, state = tx.update(grads, state, w, predict_fn=lambda w: x @ w)
+      ...   w = w + updates
+      >>> bool(loss < 1e-6)
+      True
+
+    References:
+      George et al., `Fast Approximate Natural Gradient Descent in a Kronecker-factored
+      Eigenbasis <https://arxiv.org/abs/1806.03884>`_, 2018, for the diagonal in an
+      eigenbasis, there that of the factors of K-FAC
+
+      Gupta, Koren and Singer, `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018, and
+      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, for bases of every
+      axis and their orthogonal iteration, there from gradients
+    """
+    check_float("decay", decay, 0.0, 1.0)
+    check_int("max_dim", max_dim, 1)
+    check_int("n_vectors", n_vectors, 0)
+    inner = getattr(as_estimator(estimator).update, "factor", None)
+    if inner is None:
+        raise ValueError(
+            "estimator must be gauss_newton(loss) with n_samples=1: the bases come from"
+            f" the signs of its factor. Got {estimator!r}."
+        )
+    return _InEigenbasis(
+        axis_name=inner.axis_name,
+        inner=inner,
+        decay=decay,
+        max_dim=max_dim,
+        n_vectors=n_vectors,
+    ).transformation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _InEigenbasis(Estimator):
+    """The estimator with the arguments of :func:`in_eigenbasis`."""
+
+    inner: Estimator
+    decay: ArrayLike
+    max_dim: int
+    n_vectors: int
+
+    @property
+    def loss(self) -> Loss | None:
+        return self.inner.loss
+
+    def init(self, params: optax.Params) -> EigenbasisState:
+        bases = tuple(map(self._first_bases, jax.tree.leaves(params)))
+        return EigenbasisState(
+            estimator_state=self.inner.init(params),
+            products=tuple(map(_no_products, bases)),
+            bases=bases,
+        )
+
+    def value_and_grad(
+        self, fun: Any, state: EigenbasisState, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any, optax.Updates, EigenbasisState]:
+        value, grads, factor, inner_state = self.inner.value_and_grad(
+            fun, state.estimator_state, params, **extra_args
+        )
+        return value, grads, *self._diag_in_bases(factor, state, inner_state)
+
+    def _diag_in_bases(
+        self, factor: optax.Updates, state: EigenbasisState, inner_state: Any
+    ) -> tuple[optax.Updates, EigenbasisState]:
+        leaves, treedef = jax.tree.flatten(factor)
+        # Bases of earlier factors only: in those fitted to this one, its square would
+        # be too large along the first vectors and too small along the others.
+        bases = tuple(map(_turned, state.bases, state.products))
+        products = tuple(
+            _moved(*x, self.decay)
+            for x in zip(state.products, state.bases, bases, leaves, strict=True)
+        )
+        diag = [
+            jnp.square(rotate(g, q)).astype(g.dtype) if is_differentiable(g) else g
+            for g, q in zip(leaves, bases, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, diag), EigenbasisState(
+            inner_state, products, bases
+        )
+
+    def _first_bases(self, leaf: Any) -> Bases:
+        if not is_differentiable(leaf):
+            return ()
+        dtype, shape = accumulation_dtype(leaf), jnp.shape(leaf)
+        return tuple(
+            _first_basis(n, self.max_dim, self.n_vectors, dtype) for n in shape
+        )
+
+
+def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
+    """Return the bases of each parameter, none where the estimator has none."""
+
+    def is_ours(x: Any) -> bool:
+        return isinstance(x, EigenbasisState)
+
+    for x in jax.tree.leaves(estimator_state, is_leaf=is_ours):
+        if is_ours(x):
+            return x.bases
+    return ((),) * n_leaves
+
+
+def _first_basis(n: int, max_dim: int, n_vectors: int, dtype: Any) -> Orthogonal | None:
+    if 1 < n <= max(max_dim, n_vectors):
+        return jnp.eye(n, dtype=dtype)
+    if n <= max_dim or n_vectors == 0:
+        return None
+    # Cosines: unlike an entry's own axis, none is without curvature where pixels at the
+    # edge of every image are black, and would stay so.
+    i, j = jnp.arange(n, dtype=dtype), jnp.arange(n_vectors, dtype=dtype)
+    return orthogonal_from_columns(jnp.cos(jnp.pi / n * (i[:, None] + 0.5) * j))
+
+
+def _no_products(bases: Bases) -> Products:
+    return tuple(None if q is None else jnp.zeros_like(first_columns(q)) for q in bases)
+
+
+def _turned(bases: Bases, products: Products) -> Bases:
+    """Turn bases towards the eigenvectors, by one step of orthogonal iteration."""
+
+    def one(basis: Orthogonal | None, product: Array | None) -> Orthogonal | None:
+        if basis is None or product is None:
+            return None
+        largest = jnp.max(jnp.abs(product))
+        relative = product / jnp.where(largest > 0, largest, 1)
+        # The second term keeps vectors without curvature where they are, well above the
+        # rounding errors of the first.
+        kept = float(jnp.finfo(product.dtype).eps) ** 0.5
+        return orthogonal_from_columns(relative + kept * first_columns(basis))
+
+    return tuple(map(one, bases, products))
+
+
+def _moved(
+    products: Products, old_bases: Bases, bases: Bases, factor: Array, decay: Any
+) -> Products:
+    """Take products to new bases, and average in a factor's, if that is finite."""
+    if all(q is None for q in bases):
+        return products
+    factor, _ = gathered(factor)
+
+    def one(axis: int) -> Array | None:
+        old, new, product = old_bases[axis], bases[axis], products[axis]
+        if old is None or new is None or product is None:
+            return None
+        q, g = first_columns(new), factor.astype(product.dtype)
+        others = [a for a in range(g.ndim) if a != axis]
+        turned = jnp.tensordot(g, q, (axis, 0), precision=PRECISION)
+        fresh = jnp.tensordot(
+            g, turned, (others, list(range(g.ndim - 1))), precision=PRECISION
+        )
+        # Exact if the basis is complete; otherwise what the trace does outside of the
+        # vectors is forgotten, little by little as they turn.
+        overlap = jnp.dot(first_columns(old).T, q, precision=PRECISION)
+        carried = jnp.dot(product, overlap, precision=PRECISION)
+        moved = ema(decay, fresh, carried)
+        return jnp.where(jnp.all(jnp.isfinite(fresh)), moved, carried)
+
+    return tuple(one(axis) for axis in range(len(bases)))

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hutchinson's estimator of the Hessian's diagonal."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import Array
+
+from adahessian_jax._src import checks
+from adahessian_jax._src.axes import AxisName, as_varying, axis_key, mean_over_axis
+from adahessian_jax._src.derivatives import check_mode, value_grad_and_hvp
+from adahessian_jax._src.dtypes import is_differentiable, wide
+from adahessian_jax._src.estimator import Estimator
+from adahessian_jax._src.loss import Loss
+from adahessian_jax._src.masking import explain
+from adahessian_jax._src.probes import as_key, normal_like, rademacher_like
+from adahessian_jax._src.xla import after, materialized, scan
+from adahessian_jax.estimators.control_variates import ControlVariate, multiply
+
+Probe = Callable[[Array, optax.Params], optax.Params]
+
+_PROBES: dict[str, Probe] = {"rademacher": rademacher_like, "normal": normal_like}
+
+
+class HutchinsonState(NamedTuple):
+    """State of Hutchinson's estimator.
+
+    Attributes:
+      key: the PRNG key that the next update splits.
+      control_variate: the state of the control variate, () without one.
+    """
+
+    key: Array
+    control_variate: Any
+
+
+def hutchinson(
+    n_samples: int = 1,
+    *,
+    probe: str | Probe = "rademacher",
+    mode: str = "forward-over-reverse",
+    control_variate: ControlVariate | None = None,
+    seed: int | Array = 0,
+    axis_name: AxisName = None,
+    unroll: bool | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Estimate the Hessian's diagonal by Hutchinson's method.
+
+    .. math::
+      d = \frac{1}{n} \sum_{s=1}^{n} z_s \odot H z_s,
+      \qquad \mathrm{E}\, z_s z_s^\top = I
+
+    where :math:`n` is ``n_samples`` and the probes :math:`z_s` are independent.
+    The estimate is unbiased. Its variance is :math:`\frac{1}{n} \sum_{j \neq i}
+    H_{ij}^2` with Rademacher probes, that is exact if H is diagonal; Gaussian probes
+    add :math:`\frac{2}{n} H_{ii}^2`. On a neural network the off-diagonal row norm is
+    many times :math:`|H_{ii}|`, so one sample has a relative error of 4 to 15 with a
+    few thousand parameters, more with more (``benchmarks/estimator_accuracy.py``): the
+    root mean square of such estimates, which AdaHessian divides by, is an estimate of
+    the Hessian's *row norms* :math:`(\sum_j H_{ij}^2)^{1/2}` rather than of its
+    diagonal. A less noisy estimate is a smaller denominator: lower the learning rate.
+
+    The result is an ``optax.GradientTransformationExtraArgs`` whose ``update`` returns
+    the diagonal in place of the updates, so it serves as ``estimator`` of
+    :func:`adahessian_jax.scale_by_adahessian` and as ``hessian_diagonal_fn`` of
+    ``optax.contrib.sophia``. Each sample costs one Hessian-vector product, about two
+    gradients in time (its forward pass is shared with a gradient computed in the same
+    ``jit``), and the memory of a second set of activations.
+
+    Args:
+      n_samples: how many probes are averaged, at least 1.
+      probe: ``"rademacher"``, ``"normal"``, or a function ``(key, params) -> probes``
+        with uncorrelated entries of mean 0 and variance 1.
+      mode: how to differentiate twice, see :func:`adahessian_jax.hvp`.
+      control_variate: what is known of the Hessian beforehand, for example
+        :func:`adahessian_jax.ema_control`.
+      seed: an int or a PRNG key, typed or raw, from which all probes follow.
+      axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
+        is split. Each device then draws probes of its own and the estimates are
+        averaged over the axis, which has a smaller variance than the same probe on
+        all devices.
+      unroll: how several samples are compiled: True, one after the other; False, the
+        first and a ``jax.lax.scan`` over the rest, which compiles faster. Both need
+        the memory of one sample. None unrolls up to 8 samples. On CPU convolutions are
+        an order of magnitude slower inside a loop.
+
+    Returns:
+      A transformation. ``update(updates, state, params, obj_fn=f)`` ignores the
+      updates and returns the estimate for ``f`` at ``params``, of the structure,
+      shapes and dtypes of ``params``, and the new state.
+
+    Raises:
+      ValueError: if ``n_samples`` < 1 or ``probe`` or ``mode`` is unknown; at update,
+        if ``params`` or ``obj_fn`` is missing.
+      TypeError: if an argument is of the wrong type, or ``obj_fn`` does not return a
+        real scalar, or a parameter is complex.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> params = jnp.array([1.0, 2.0])
+      >>> estimator = ah.hutchinson(seed=1)
+      >>> state = estimator.init(params)
+      >>> diag, state = estimator.update(
+      ...   None, state, params, obj_fn=lambda w: jnp.sum(w**3))  # H = diag(6 w)
+      >>> diag.tolist()
+      [6.0, 12.0]
+
+    References:
+      Bekas, Kokiopoulou and Saad, `An estimator for the diagonal of a matrix
+      <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007, equation 3
+
+      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
+      <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.1
+    """
+    checks.check_int("n_samples", n_samples, 1)
+    check_mode(mode)
+    if isinstance(probe, str):
+        checks.check_choice("probe", probe, _PROBES)
+        draw = _PROBES[probe]
+    elif callable(probe):
+        draw = probe
+    else:
+        raise TypeError(
+            "probe must be 'rademacher', 'normal' or a callable (key, params) ->"
+            f" probes, got {probe!r}."
+        )
+    if not isinstance(control_variate, ControlVariate | None):
+        raise TypeError(
+            "control_variate must be None or a ControlVariate, as ema_control()"
+            f" returns, got {control_variate!r}."
+        )
+    checks.check_seed(seed)
+    checks.check_axis_name(axis_name)
+    if unroll is not None:
+        checks.check_flag("unroll", unroll)
+
+    return _Hutchinson(
+        axis_name=axis_name,
+        n_samples=n_samples,
+        draw=draw,
+        mode=mode,
+        control_variate=control_variate,
+        seed=seed,
+        unroll=n_samples <= 8 if unroll is None else unroll,
+    ).transformation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Hutchinson(Estimator):
+    """The estimator with the arguments of :func:`hutchinson`."""
+
+    n_samples: int
+    draw: Probe
+    mode: str
+    control_variate: ControlVariate | None
+    seed: int | Array
+    unroll: bool
+
+    @property
+    def loss(self) -> Loss | None:
+        return None if self.control_variate is None else self.control_variate.loss
+
+    def init(self, params: optax.Params) -> HutchinsonState:
+        checks.check_real("params", params)
+        control = self.control_variate
+        return HutchinsonState(
+            key=as_key(self.seed),
+            control_variate=() if control is None else control.init(params),
+        )
+
+    def value_and_grad(
+        self,
+        fun: Any,
+        state: HutchinsonState,
+        params: optax.Params,
+        *,
+        obj_fn: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any, optax.Updates, HutchinsonState]:
+        if fun is not None and self.loss is not None:
+            extra_args["loss_fn"] = fun
+        elif fun is None and obj_fn is not None:
+            fun = _with_no_aux(obj_fn, params)
+        key, subkey = jax.random.split(state.key)
+        params = as_varying(params, self.axis_name)
+
+        def add_sample(carry: tuple[Any, Any], key: Array) -> tuple[Any, None]:
+            total, cv_state = carry
+            key = after(key, total, otherwise=subkey) if self.unroll else key
+            _, d, cv_state = self._sample(key, cv_state, fun, params, extra_args)
+            return (jax.tree.map(_add, total, d), cv_state), None
+
+        keys = jax.random.split(axis_key(subkey, self.axis_name), self.n_samples)
+        first_pass, total, cv_state = self._sample(
+            keys[0], state.control_variate, fun, params, extra_args
+        )
+        if self.n_samples > 1:
+            total = jax.tree.map(_widened, total)
+            (total, cv_state), _ = scan(
+                add_sample, (total, cv_state), keys[1:], unroll=self.unroll
+            )
+
+        def mean(d: Array, p: Array) -> Array:
+            return (d / self.n_samples).astype(p.dtype) if is_differentiable(d) else d
+
+        diag = mean_over_axis(jax.tree.map(mean, total, params), self.axis_name)
+        state = HutchinsonState(key, cv_state)
+        return *first_pass, materialized(key, diag), state
+
+    def _sample(
+        self, key: Array, cv_state: Any, fun: Any, params: Any, extra_args: Any
+    ) -> tuple[Any, optax.Updates, Any]:
+        """Return value and gradient, one sample, and the control variate's state."""
+        z = self.draw(key, params)
+        checks.check_like("the probe", z, params)
+        passes = []
+
+        def product(other: Any = None) -> optax.Updates:
+            """Multiply the probe by the Hessian, the objective's by default."""
+            objective = fun if other is None else other
+            if objective is None:
+                raise ValueError(_needs_obj_fn(extra_args))
+            value, grads, y = value_grad_and_hvp(objective, params, z, mode=self.mode)
+            passes.append((value if other is None else value[1], grads))
+            return materialized(key, y)
+
+        if self.control_variate is None:
+            diag = multiply(z, product())
+        else:
+            diag, cv_state = self.control_variate.correct(
+                cv_state,
+                z,
+                product,
+                params=params,
+                key=jax.random.fold_in(key, 1),
+                axis_name=self.axis_name,
+                **extra_args,
+            )
+        return passes[0], diag, cv_state
+
+
+def _with_no_aux(obj_fn: Any, params: Any) -> Callable[[Any], tuple[Array, None]]:
+    checks.check_callable("obj_fn", obj_fn, "params -> loss")
+    objective = checks.scalar_function("obj_fn", explain("obj_fn", obj_fn, params))
+    return lambda params: (objective(params), None)
+
+
+def _needs_obj_fn(extra_args: dict[str, Any]) -> str:
+    given = ", ".join(sorted(extra_args.keys() - {"curvature_ema"}))
+    return (
+        "hutchinson needs the objective, to differentiate it twice, and got no"
+        f" obj_fn{f', only {given}' if given else ''}. Either pass it:"
+        " tx.update(grads, state, params, obj_fn=lambda p: loss_fn(p, batch)). Or"
+        " pass an estimate of your own to the optimizer: tx.update(grads, state,"
+        " params, hessian_diag=diag)."
+    )
+
+
+def _widened(d: Array) -> Array:
+    return wide(d) if is_differentiable(d) else d
+
+
+def _add(total: Array, d: Array) -> Array:
+    return total + d.astype(total.dtype) if is_differentiable(d) else total

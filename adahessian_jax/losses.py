@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""Losses of a network's outputs: called, the number; in an optimizer, its curvature.
+
+One object is both, so that their scales can't differ: whether the losses of rows are
+averaged or added up is said on the object, and masks are weights of rows in either.
+
+A loss is convex in the outputs, and its Hessian there is a product :math:`S S^\top`,
+one block for each row. Gauss-Newton estimators need :math:`S u` for random signs u.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from adahessian_jax._src.checks import check_callable, raise_if
+from adahessian_jax._src.loss import Loss as Loss
+
+
+def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
+    """Make a loss of a function of one row of outputs.
+
+    Args:
+      loss: ``row -> scalar``, or ``(row, label) -> scalar``, convex in the row, the
+        last axis of the outputs.
+      name: what to call it in messages; by default the function's.
+
+    Returns:
+      The :class:`Loss`. If the function takes labels, so does an estimate.
+
+    Raises:
+      TypeError: if ``loss`` is not callable.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> loss = ah.losses.of_row(lambda f, y: jnp.sum((f - y) ** 4))
+      >>> loss(jnp.ones((5, 2)), jnp.zeros((5, 2))).item()
+      2.0
+    """
+    check_callable("loss", loss, "row -> scalar or (row, label) -> scalar")
+
+    def by_row(row_function: Callable[..., Any], *arrays: Any) -> Any:
+        function = row_function
+        for _ in range(arrays[0].ndim - 1):
+            function = jax.vmap(function)
+        return function(*arrays)
+
+    def factor(f: Array, signs: Array, labels: Any) -> Array:
+        h = by_row(jax.hessian(loss), f, *_given(labels))
+        values, vectors = jnp.linalg.eigh(h)
+        rounding = 100 * jnp.finfo(values.dtype).eps
+        concave = values < -rounding * jnp.abs(values).max(axis=-1, keepdims=True)
+        raise_if(jnp.any(concave), _NOT_CONVEX)
+        # Makes NaN where nothing could raise.
+        roots = jnp.where(concave, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
+        return jnp.einsum("...ij,...j->...i", vectors, roots * signs)
+
+    def product(f: Array, v: Array, labels: Any) -> Array:
+        def one(row: Array, u: Array, *label: Any) -> Array:
+            return jax.jvp(lambda x: jax.grad(loss)(x, *label), (row,), (u,))[1]
+
+        return by_row(one, f, v, *_given(labels))
+
+    return Loss(
+        name=_name("of_row", loss, name),
+        kind="row",
+        losses=lambda f, labels: by_row(loss, f, *_given(labels)),
+        factor=factor,
+        product=product,
+        needs_labels=_takes_labels(loss),
+        event_ndim=1,
+    )
+
+
+def of_element(loss: Callable[..., Array], name: str | None = None) -> Loss:
+    """Make a loss of a function of one output.
+
+    Args:
+      loss: ``output -> scalar``, or ``(output, label) -> scalar``, convex in the
+        output.
+      name: what to call it in messages; by default the function's.
+
+    Returns:
+      The :class:`Loss`. If the function takes labels, so does an estimate.
+
+    Raises:
+      TypeError: if ``loss`` is not callable.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> loss = ah.losses.of_element(lambda f, y: jnp.log(jnp.cosh(f - y)))
+      >>> loss(jnp.ones((5, 2)), jnp.ones((5, 2))).item()
+      0.0
+    """
+    check_callable("loss", loss, "output -> scalar or (output, label) -> scalar")
+
+    def each(function: Callable[..., Any], f: Array, labels: Any) -> Array:
+        flat = [x.ravel() for x in (f, *_given(labels))]
+        return jax.vmap(function)(*flat).reshape(f.shape)
+
+    def curvature(f: Array, labels: Any) -> Array:
+        return each(jax.grad(lambda x, *y: jax.grad(loss)(x, *y)), f, labels)
+
+    return _elementwise(
+        _name("of_element", loss, name),
+        lambda f, labels: each(loss, f, labels),
+        curvature,
+        needs_labels=_takes_labels(loss),
+    )
+
+
+def _elementwise(
+    name: str,
+    losses: Callable[[Array, Any], Array],
+    curvature: Callable[[Array, Any], Array],
+    needs_labels: bool = False,
+) -> Loss:
+    def factor(f: Array, signs: Array, labels: Any) -> Array:
+        h = curvature(f, labels)
+        raise_if(jnp.any(h < 0), _NOT_CONVEX)
+        return jnp.sqrt(h) * signs
+
+    def product(f: Array, v: Array, labels: Any) -> Array:
+        return curvature(f, labels) * v
+
+    return Loss(name, "element", losses, factor, product, needs_labels)
+
+
+_NOT_CONVEX = (
+    "loss must be convex in the outputs, but its second derivative there is negative in"
+    " some direction: a Gauss-Newton matrix then has no real factor. Use hutchinson()."
+)
+
+
+def _softmax_losses(outputs: Array, labels: Array) -> Array:
+    if labels.ndim == outputs.ndim:
+        return optax.softmax_cross_entropy(outputs, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+
+def _softmax_factor(outputs: Array, signs: Array, labels: Any) -> Array:
+    del labels
+    p = jax.nn.softmax(outputs, axis=-1)
+    half = jnp.sqrt(p)
+    return half * signs - p * jnp.sum(half * signs, axis=-1, keepdims=True)
+
+
+def _softmax_product(outputs: Array, v: Array, labels: Any) -> Array:
+    del labels
+    p = jax.nn.softmax(outputs, axis=-1)
+    return p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
+
+
+def _given(labels: Any) -> tuple[Any, ...]:
+    return () if labels is None else (labels,)
+
+
+def _takes_labels(loss: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(loss).parameters.values()
+    required = [p for p in parameters if p.default is p.empty]
+    return len([p for p in required if p.kind < p.VAR_POSITIONAL]) > 1
+
+
+def _name(kind: str, loss: Callable[..., Any], name: str | None) -> str:
+    return f"{kind}({name or getattr(loss, '__name__', repr(loss))})"
+
+
+softmax_cross_entropy = Loss(
+    "softmax_cross_entropy",
+    "classes",
+    _softmax_losses,
+    _softmax_factor,
+    _softmax_product,
+    event_ndim=1,
+)
+sigmoid_binary_cross_entropy = _elementwise(
+    "sigmoid_binary_cross_entropy",
+    optax.sigmoid_binary_cross_entropy,
+    lambda f, _: jax.nn.sigmoid(f) * jax.nn.sigmoid(-f),
+)
+squared_error = _elementwise(
+    "squared_error", optax.squared_error, lambda f, _: jnp.full_like(f, 2.0)
+)
+l2_loss = _elementwise("l2_loss", optax.l2_loss, lambda f, _: jnp.ones_like(f))
+poisson_nll_loss = _elementwise(
+    "poisson_nll_loss", lambda f, y: jnp.exp(f) - y * f, lambda f, _: jnp.exp(f)
+)

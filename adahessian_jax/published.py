@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published AdaHessians by name, with the arguments that their users know.
+
+Each reproduces recorded runs of its code to rounding: ``tests/test_trajectories.py``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from adahessian_jax._src.averaging_rule import AveragingRule, KeyPath
+from adahessian_jax._src.axes import AxisName
+from adahessian_jax._src.checks import check_flag, check_int
+from adahessian_jax._src.curvature_average import CurvatureAverage
+from adahessian_jax.estimators.control_variates import ema_control
+from adahessian_jax.estimators.hutchinson import Probe, hutchinson
+from adahessian_jax.optimizers import decoupled_weight_decay, scale_by_rate
+from adahessian_jax.transforms.adahessian import divide_by
+from adahessian_jax.transforms.averaging import conv_spatial_average
+
+Betas = tuple[ArrayLike, ArrayLike]
+IsConv = Callable[[KeyPath, Array], bool]
+
+
+def paper(
+    lr: optax.ScalarOrSchedule = 0.15,
+    betas: Betas = (0.9, 0.999),
+    eps: ArrayLike = 1e-4,
+    weight_decay: ArrayLike = 0.0,
+    hessian_power: ArrayLike = 1.0,
+    *,
+    average_conv_kernel: bool = True,
+    is_conv: IsConv | None = None,
+    weight_decay_mask: Any = None,
+    probe: str | Probe = "rademacher",
+    seed: int | Array = 0,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaHessian of the paper and its official code, for images.
+
+    Args:
+      lr: as for :func:`davda54`, and so are the others.
+      betas: as there.
+      eps: as there.
+      weight_decay: as there.
+      hessian_power: as there.
+      average_conv_kernel: the code always does.
+      is_conv: as there.
+      weight_decay_mask: as there.
+      probe: as there.
+      seed: as there.
+      axis_name: as there.
+
+    Returns:
+      As :func:`davda54`.
+
+    Examples:
+      >>> import adahessian_jax as ah
+      >>> tx = ah.published.paper(0.15, weight_decay=5e-4)
+
+    References:
+      Yao et al., `ADAHESSIAN <https://arxiv.org/abs/2006.00719>`_, 2021, and
+      `amirgholami/adahessian <https://github.com/amirgholami/adahessian>`_
+    """
+    return davda54(
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        hessian_power,
+        average_conv_kernel=average_conv_kernel,
+        is_conv=is_conv,
+        weight_decay_mask=weight_decay_mask,
+        probe=probe,
+        seed=seed,
+        axis_name=axis_name,
+    )
+
+
+def davda54(
+    lr: optax.ScalarOrSchedule = 0.1,
+    betas: Betas = (0.9, 0.999),
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.0,
+    hessian_power: ArrayLike = 1.0,
+    update_each: int = 1,
+    n_samples: int = 1,
+    average_conv_kernel: bool = False,
+    *,
+    is_conv: IsConv | None = None,
+    weight_decay_mask: Any = None,
+    probe: str | Probe = "rademacher",
+    seed: int | Array = 0,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaHessian of davda54/ada-hessian.
+
+    Args:
+      lr: learning rate, a number or a schedule.
+      betas: decay rates of the averages of gradient and squared curvature.
+      eps: added to the denominator.
+      weight_decay: decoupled weight decay.
+      hessian_power: exponent of the curvature.
+      update_each: estimate on every so many-th update, at least 1. In between the last
+        estimate enters the average again.
+      n_samples: how many probes an estimate averages, at least 1.
+      average_conv_kernel: average the curvature's absolute values over the spatial axes
+        of convolution kernels.
+      is_conv: which leaves are such kernels, see
+        :func:`adahessian_jax.conv_spatial_average`.
+      weight_decay_mask: which parameters decay, as in ``optax.adamw``.
+      probe: as for :func:`adahessian_jax.hutchinson`.
+      seed: an int or a PRNG key.
+      axis_name: as for :func:`adahessian_jax.hutchinson`.
+
+    Returns:
+      A transformation, whose ``update`` takes ``obj_fn`` as that of
+      :func:`adahessian_jax.adahessian` does.
+
+    Raises:
+      ValueError: if an argument is out of range.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import adahessian_jax as ah
+      >>> tx = ah.published.davda54(0.1, update_each=10, n_samples=2)
+
+    References:
+      David Samuel, `ada-hessian <https://github.com/davda54/ada-hessian>`_, 2020
+    """
+    check_int("update_each", update_each, 1)
+    check_flag("average_conv_kernel", average_conv_kernel)
+    return optax.chain(
+        _divide_by(
+            "rms",
+            hutchinson(n_samples, probe=probe, seed=seed, axis_name=axis_name),
+            betas=betas,
+            eps=eps,
+            hessian_power=hessian_power,
+            update_each=update_each,
+            averaging=conv_spatial_average(is_conv=is_conv)
+            if average_conv_kernel
+            else None,
+        ),
+        decoupled_weight_decay(weight_decay, weight_decay_mask),
+        scale_by_rate(lr),
+    )
+
+
+def zack_dugue(
+    lr: optax.ScalarOrSchedule = 1e-3,
+    betas: Betas = (0.9, 0.999),
+    eps: ArrayLike = 1e-8,
+    wd: ArrayLike = 0.0,
+    *,
+    control_variate: bool = True,
+    mc_iters: int = 1,
+    weight_decay_mask: Any = None,
+    probe: str | Probe = "normal",
+    seed: int | Array = 0,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaHessian of Zack-Dugue/AdaHessian, which averages the Hessian itself.
+
+    It divides by the square root of the average's absolute value, and multiplies the
+    step by :math:`1 - \beta_1^t` where Adam divides.
+
+    Args:
+      lr: learning rate, a number or a schedule.
+      betas: decay rates of the averages of gradient and curvature.
+      eps: added to the denominator.
+      wd: decoupled weight decay.
+      control_variate: subtract the average from the product, as the code does, which
+        biases it: see :func:`adahessian_jax.ema_control`.
+      mc_iters: how many probes an estimate averages, at least 1.
+      weight_decay_mask: which parameters decay, as in ``optax.adamw``.
+      probe: Gaussian, as in the code; its text says Rademacher.
+      seed: an int or a PRNG key.
+      axis_name: as for :func:`adahessian_jax.hutchinson`.
+
+    Returns:
+      A transformation, whose ``update`` takes ``obj_fn`` as that of
+      :func:`adahessian_jax.adahessian` does.
+
+    Raises:
+      ValueError: if an argument is out of range.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import adahessian_jax as ah
+      >>> tx = ah.published.zack_dugue(1e-3)
+
+    References:
+      Zack Dugue, `AdaHessian <https://github.com/Zack-Dugue/AdaHessian>`_, 2023
+    """
+    check_int("mc_iters", mc_iters, 1)
+    check_flag("control_variate", control_variate)
+    estimator = hutchinson(
+        mc_iters,
+        probe=probe,
+        control_variate=ema_control(unbiased=False) if control_variate else None,
+        seed=seed,
+        axis_name=axis_name,
+    )
+
+    def warm_up(count: Array) -> Array:
+        steps = count.astype(jax.dtypes.canonicalize_dtype("float64")) + 1
+        return (1 - jnp.asarray(betas[0], steps.dtype) ** steps) ** 2
+
+    return optax.chain(
+        _divide_by("mean", estimator, betas=betas, eps=eps, hessian_power=0.5),
+        optax.scale_by_schedule(warm_up),
+        decoupled_weight_decay(wd, weight_decay_mask),
+        scale_by_rate(lr),
+    )
+
+
+def _divide_by(
+    hessian_ema: str,
+    estimator: optax.GradientTransformation,
+    *,
+    betas: Betas,
+    eps: ArrayLike,
+    hessian_power: ArrayLike,
+    update_each: int = 1,
+    averaging: AveragingRule | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    if not (isinstance(betas, tuple | list) and len(betas) == 2):
+        raise TypeError(f"betas must be a pair of decay rates, got {betas!r}.")
+    average = CurvatureAverage(
+        b2=betas[1],
+        hessian_ema=hessian_ema,
+        estimator=estimator,
+        update_interval=update_each,
+        initial_refreshes=0,
+        averaging=averaging,
+        nu_dtype=None,
+        reuse_estimate=True,
+    )
+    return divide_by(average, b1=betas[0], eps=eps, hessian_power=hessian_power)

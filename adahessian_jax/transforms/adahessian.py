@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaHessian as a gradient transformation."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from adahessian_jax._src.averaging_rule import AveragingRule
+from adahessian_jax._src.checks import check_float, check_float_dtype, check_like
+from adahessian_jax._src.curvature_average import CurvatureAverage, zeros_like
+from adahessian_jax._src.curvature_state import CurvatureState, nan_if_stale
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.estimator import Curvature
+from adahessian_jax._src.moving_average import as_dtype, debias, ema, is_static
+from adahessian_jax._src.orthogonal import Bases, rotate
+from adahessian_jax.estimators.eigenbasis import find_bases
+from adahessian_jax.estimators.hutchinson import hutchinson
+
+
+class ScaleByAdaHessianState(NamedTuple):
+    """State of the AdaHessian transformation.
+
+    Attributes:
+      mu: moving average of the gradient; structure and shapes of the parameters.
+      curvature: the average of the curvature, and what moves it on.
+    """
+
+    mu: optax.Updates
+    curvature: CurvatureState
+
+
+def scale_by_adahessian(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    hessian_power: ArrayLike = 1.0,
+    hessian_ema: str = "rms",
+    estimator: optax.GradientTransformation | None = None,
+    update_interval: int | Array = 1,
+    initial_refreshes: int | Array = 0,
+    averaging: AveragingRule | None = None,
+    clip_threshold: ArrayLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale updates by a moving average of the Hessian's diagonal.
+
+    This is :func:`adahessian_jax.adahessian`, which see for the formula and all
+    arguments, without weight decay and learning rate.
+
+    Args:
+      b1: decay rate of the moving average of the gradient, in [0, 1).
+      b2: decay rate of the moving average of the curvature, in [0, 1).
+      eps: added to the denominator, at least 0.
+      hessian_power: exponent of the curvature in the denominator, above 0.
+      hessian_ema: ``"rms"`` or ``"mean"``.
+      estimator: a transformation whose update returns the Hessian's diagonal;
+        ``hutchinson()`` by default.
+      update_interval: estimate on every so many-th update, at least 1.
+      initial_refreshes: before that, estimate on each of so many first updates.
+      averaging: a rule ``(path, leaf) -> leaf`` applied to the estimate.
+      clip_threshold: bound of the entries of the update, above 0, in the axes in which
+        the curvature is diagonal; None for no bound.
+      mu_dtype: dtype in which ``mu`` is kept; by default that of the parameter.
+      nu_dtype: dtype in which ``nu`` is kept; by default that of the parameter.
+
+    Returns:
+      A transformation, with a :class:`ScaleByAdaHessianState`. Its ``update`` takes
+      ``obj_fn`` or whatever the estimator needs, or ``hessian_diag``, and returns
+      updates of the structure, shapes and dtypes of the incoming ones; parameters that
+      are not floating point get an update of zero.
+
+    Raises:
+      ValueError: if an argument is out of range; at update, if ``params`` is missing
+        or an estimate does not match it.
+      TypeError: if an argument is of the wrong type, or a parameter is complex.
+
+    Examples:
+      >>> import jax, optax, jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> def loss(w): return jnp.sum(jnp.array([1.0, 100.0]) * w**2)
+      >>> tx = optax.chain(ah.scale_by_adahessian(), optax.scale(-1.0))
+      >>> w = jnp.array([1.0, 1.0])
+      >>> state = tx.init(w)
+      >>> updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
+      >>> optax.apply_updates(w, updates).round(4).tolist()
+      [0.0, 0.0]
+
+    References:
+      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
+      <https://arxiv.org/abs/2006.00719>`_, 2021, algorithm 1
+    """
+    curvature_average = CurvatureAverage(
+        b2=b2,
+        hessian_ema=hessian_ema,
+        estimator=hutchinson() if estimator is None else estimator,
+        update_interval=update_interval,
+        initial_refreshes=initial_refreshes,
+        averaging=averaging,
+        nu_dtype=nu_dtype,
+    )
+    return divide_by(
+        curvature_average,
+        b1=b1,
+        eps=eps,
+        hessian_power=hessian_power,
+        clip_threshold=clip_threshold,
+        mu_dtype=mu_dtype,
+    )
+
+
+def divide_by(
+    curvature_average: CurvatureAverage,
+    *,
+    b1: ArrayLike,
+    eps: ArrayLike,
+    hessian_power: ArrayLike,
+    clip_threshold: ArrayLike | None = None,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Divide an average of the gradient by one of curvature.
+
+    This is :func:`scale_by_adahessian` with an average that may be of another kind.
+    """
+    check_float("b1", b1, 0.0, 1.0)
+    check_float("eps", eps, 0.0)
+    check_float("hessian_power", hessian_power, 0.0, exclusive=True)
+    if clip_threshold is not None:
+        check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
+    mu_dtype = check_float_dtype("mu_dtype", mu_dtype)
+
+    def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
+        curvature = curvature_average.init(params)
+        return ScaleByAdaHessianState(zeros_like(params, mu_dtype), curvature)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ScaleByAdaHessianState,
+        params: optax.Params | None = None,
+        *,
+        curvature: Curvature | None = None,
+        hessian_diag: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
+        _check_state(state, params)
+        if hessian_diag is not None and _is_turned(state):
+            raise ValueError(
+                "hessian_diag must not be given to an optimizer in turned axes: it is"
+                " the diagonal in the parameters' own. Pass what the estimator needs,"
+                " predict_fn, or use an estimator that is not in_eigenbasis(...)."
+            )
+        average = curvature_average.update(
+            updates,
+            state.curvature,
+            params,
+            curvature=curvature,
+            hessian_diag=hessian_diag,
+            **extra_args,
+        )
+        mu = jax.tree.map(lambda g, m: ema(b1, g, m), updates, state.mu)
+        mu_scale = debias(b1, average.count) * nan_if_stale(curvature, state.curvature)
+        nu_scale = curvature_average.bias_correction(average)
+        # Of the denominator without eps, which is homogeneous in nu.
+        power = as_dtype(hessian_power, nu_scale.dtype) / curvature_average.order
+        scale = nu_scale**power
+
+        def rescale(g: Any, p: Array, m: Array, v: Array, q: Bases) -> Array:
+            if not is_differentiable(p):
+                return jnp.zeros_like(p)
+            dtype = accumulation_dtype(m, v)
+            m, v = rotate(m.astype(dtype), q), v.astype(dtype)
+            h = jnp.sqrt(v) if curvature_average.order == 2 else jnp.abs(v)
+            if not is_static(hessian_power, 1):
+                h = h ** as_dtype(hessian_power, dtype)
+            numerator = m * (mu_scale / scale).astype(dtype)
+            step = numerator / (h + (as_dtype(eps, scale.dtype) / scale).astype(dtype))
+            if clip_threshold is not None:
+                bound = as_dtype(clip_threshold, dtype)
+                step = jnp.clip(step, -bound, bound)
+            return rotate(step, q, back=True).astype(g.dtype)
+
+        leaves, treedef = jax.tree.flatten(updates)
+        others = map(jax.tree.leaves, (params, mu, average.nu))
+        bases = find_bases(average.estimator_state, len(leaves))
+        steps = [rescale(*x) for x in zip(leaves, *others, bases, strict=True)]
+        mu = jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), mu, state.mu)
+        return jax.tree.unflatten(treedef, steps), ScaleByAdaHessianState(mu, average)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_state(state: Any, params: optax.Params | None) -> None:
+    """Raise unless a state is of this transformation: one restored may not be."""
+    if not isinstance(state, ScaleByAdaHessianState):
+        raise TypeError(
+            f"state must be a ScaleByAdaHessianState, got a {type(state).__name__}."
+            " Restore checkpoints into the structure of tx.init(params)."
+        )
+    if params is not None:
+        check_like("state.mu", state.mu, params)
+
+
+def _is_turned(state: ScaleByAdaHessianState) -> bool:
+    return any(find_bases(state.curvature.estimator_state, 1))

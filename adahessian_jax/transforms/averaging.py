@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Averaging rules: share one curvature among the entries of a kernel or a block.
+
+A rule is a function of ``(path, leaf)``, where ``path`` is the leaf's path in the tree
+as a tuple of ``jax.tree_util`` keys and ``leaf`` is its estimated diagonal. It returns
+the averaged leaf, in any shape that broadcasts to that of the leaf, or the leaf itself
+where it does not apply.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adahessian_jax._src.averaging_rule import AveragingRule, KeyPath
+from adahessian_jax._src.checks import check_callable, check_flag, check_int
+from adahessian_jax._src.xla import mean_of_few
+
+
+def conv_spatial_average(
+    spatial_ndim: int | None = None,
+    *,
+    abs_first: bool = True,
+    is_conv: Callable[[KeyPath, Array], bool] | None = None,
+) -> AveragingRule:
+    r"""Average the curvature over the spatial axes of convolution kernels.
+
+    For kernels laid out as Flax does, ``(*spatial, in, out)``, with any number of
+    spatial axes. Axes in front of the spatial ones, as a scanned stack of layers has,
+    are kept apart. The average has size 1 along the spatial axes, so the optimizer
+    also stores its moving average at that size: a ninth for 3x3 kernels.
+
+    Args:
+      spatial_ndim: the number of spatial axes, those before the last two. None takes
+        all axes but the last two, which is wrong for scanned layers: say 2 for a
+        scanned stack of two-dimensional convolutions.
+      abs_first: average absolute values, as published. False averages with the sign,
+        which makes errors of the estimate cancel and is several times more accurate.
+      is_conv: which leaves are convolution kernels, a function of ``(path, leaf)``. By
+        default, those with three axes or more and "conv" in their path, whatever the
+        case: the number of axes alone does not tell a convolution from an attention
+        projection. Where modules are named otherwise, say
+        ``is_conv=lambda path, leaf: leaf.ndim == 4`` for example.
+
+    Returns:
+      A rule for the ``averaging`` argument of :func:`adahessian_jax.adahessian`.
+
+    Raises:
+      ValueError: if ``spatial_ndim`` < 1; when applied, if a kernel has fewer axes.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> params = {"Conv_0": {"kernel": jnp.ones((3, 3, 16, 32))}}
+      >>> tx = ah.adahessian(0.15, averaging=ah.conv_spatial_average())
+      >>> tx.init(params)[0].curvature.nu["Conv_0"]["kernel"].shape
+      (1, 1, 16, 32)
+
+    References:
+      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
+      <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.2 and equation 10
+    """
+    if spatial_ndim is not None:
+        check_int("spatial_ndim", spatial_ndim, 1)
+    check_flag("abs_first", abs_first)
+    if is_conv is None:
+        is_conv = _named_conv
+    check_callable("is_conv", is_conv, "(path, leaf) -> bool")
+
+    def rule(path: KeyPath, leaf: Array) -> Array:
+        if not is_conv(path, leaf):
+            return leaf
+        n = leaf.ndim - 2 if spatial_ndim is None else spatial_ndim
+        first = leaf.ndim - 2 - n
+        if n < 1 or first < 0:
+            raise ValueError(
+                f"conv_spatial_average takes {jax.tree_util.keystr(path)} for a"
+                f" convolution kernel with {max(n, 1)} spatial axes, but its shape is"
+                f" {leaf.shape}: kernels are (*spatial, in, out). Say which leaves are"
+                " kernels with is_conv=."
+            )
+        spatial = leaf.shape[first:-2]
+        positions = leaf.reshape(
+            *leaf.shape[:first], math.prod(spatial), *leaf.shape[-2:]
+        )
+        if abs_first:
+            positions = jnp.abs(positions)
+        mean = mean_of_few(positions, axis=first)
+        return jnp.expand_dims(mean, tuple(range(first, first + n)))
+
+    return rule
+
+
+def block_average(
+    axis: int,
+    size: int,
+    *,
+    abs_first: bool = True,
+    is_blocked: Callable[[KeyPath, Array], bool] | None = None,
+) -> AveragingRule:
+    """Average the curvature over blocks of consecutive entries along an axis.
+
+    Args:
+      axis: the axis along which the blocks lie; negative counts from the end.
+      size: the number of entries in a block, at least 1; must divide the axis.
+      abs_first: average absolute values. False averages with the sign, which makes
+        errors of the estimate cancel and is more accurate.
+      is_blocked: which leaves to average, a function of ``(path, leaf)``. By default,
+        those with two axes or more.
+
+    Returns:
+      A rule for the ``averaging`` argument of :func:`adahessian_jax.adahessian`. It
+      keeps the shape of the leaf.
+
+    Raises:
+      ValueError: if ``size`` < 1; when applied, if a leaf has no such axis or the axis
+        is not a multiple of ``size``.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> rule = ah.block_average(axis=0, size=2)
+      >>> rule((), jnp.array([[1.0], [3.0], [-5.0], [7.0]])).tolist()
+      [[2.0], [2.0], [6.0], [6.0]]
+
+    References:
+      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
+      <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.2 and equation 10
+
+    .. note::
+      The official code for transformers averages absolute values over blocks of the
+      flattened matrix ``(out, in)``, of matrices only. That is ``axis=0`` of a kernel
+      ``(in, out)``, with ``is_blocked=lambda path, leaf: leaf.ndim == 2``.
+    """
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis must be an int, got {axis!r}.")
+    check_int("size", size, 1)
+    check_flag("abs_first", abs_first)
+    if is_blocked is None:
+        is_blocked = _is_matrix
+    check_callable("is_blocked", is_blocked, "(path, leaf) -> bool")
+
+    def rule(path: KeyPath, leaf: Array) -> Array:
+        if not is_blocked(path, leaf):
+            return leaf
+        if not -leaf.ndim <= axis < leaf.ndim or leaf.shape[axis] % size:
+            raise ValueError(
+                f"block_average(axis={axis}, size={size}) does not fit"
+                f" {jax.tree_util.keystr(path)} of shape {leaf.shape}: the axis must"
+                " exist and be a multiple of size. Say which leaves to average with"
+                " is_blocked=."
+            )
+        ax = axis % leaf.ndim
+        blocks = leaf.reshape(*leaf.shape[:ax], -1, size, *leaf.shape[ax + 1 :])
+        if abs_first:
+            blocks = jnp.abs(blocks)
+        mean = jnp.mean(blocks, axis=ax + 1, keepdims=True)
+        return jnp.broadcast_to(mean, blocks.shape).reshape(leaf.shape)
+
+    return rule
+
+
+def _named_conv(path: KeyPath, leaf: Array) -> bool:
+    return leaf.ndim >= 3 and "conv" in jax.tree_util.keystr(path).lower()
+
+
+def _is_matrix(path: KeyPath, leaf: Array) -> bool:
+    del path
+    return leaf.ndim >= 2

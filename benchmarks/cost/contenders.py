@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps whose cost is compared, in JAX."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import adahessian_jax as ah
+from benchmarks.cost.timing import Contender, Program
+from benchmarks.networks import Network
+
+LEARNING_RATE = 1e-4
+LOSS = ah.losses.softmax_cross_entropy
+
+Step = Callable[..., Any]
+
+
+class Recipe(NamedTuple):
+    """An optimizer and one or more steps with it.
+
+    Attributes:
+      tx: something with an ``init`` of the parameters.
+      steps: functions ``(params, state, *batch)`` to ``(params, state, ...)``.
+      shares: what fraction of all steps each of them is.
+      cycle: after how many calls a single step has done all that it does.
+      loops: whether there is a gradient inside a loop or branch: the compiler does not
+        count its FLOPs as they are executed, and on CPU XLA does not optimise
+        convolutions there.
+    """
+
+    tx: Any
+    steps: tuple[Step, ...]
+    shares: tuple[float, ...] = (1.0,)
+    cycle: int = 1
+    loops: bool = False
+
+
+class Steps:
+    """Ways to take a step on a network with an optimizer."""
+
+    def __init__(self, net: Network) -> None:
+        """Take a network."""
+        self.net = net
+
+    def loss_fn(self, params: Any, *batch: Any) -> Any:
+        """Return the loss and new statistics, without the outputs."""
+        (loss, _), statistics = self.net.loss_fn(params, *batch)
+        return loss, statistics
+
+    def with_objective(self, tx: Any) -> Step:
+        """Return a step with the gradient, and an update that takes the objective."""
+        tx = optax.with_extra_args_support(tx)
+
+        def step(params: Any, state: Any, *batch: Any) -> Any:
+            value_and_grad = jax.value_and_grad(self.loss_fn, has_aux=True)
+            value, grads = value_and_grad(params, *batch)
+            more = {"obj_fn": lambda p: self.loss_fn(p, *batch)[0]}
+            updates, state = tx.update(grads, state, params, **more)
+            return optax.apply_updates(params, updates), state, value
+
+        return step
+
+    def fused(self, tx: Any, outputs: bool = False, refresh: Any = None) -> Step:
+        """Return a step with gradient and curvature from one pass."""
+        loss_fn = self.net.loss_fn if outputs else self.loss_fn
+        fused = ah.value_and_grad_with_curvature(loss_fn, tx, has_aux=True)
+
+        def step(params: Any, state: Any, *batch: Any) -> Any:
+            known = {"state": state, "refresh": refresh}
+            value, grads, curvature = fused(params, *batch, **known)
+            more = {"predict_fn": lambda p: self.net.loss_fn(p, *batch)[0][1]}
+            updates, state = tx.update(
+                grads, state, params, curvature=curvature, **more
+            )
+            return optax.apply_updates(params, updates), state, value
+
+        return step
+
+    def every(self, interval: int, tx: Any, *, outputs: bool = False) -> Recipe:
+        """Refresh every so many steps, chosen on the host: two compiled steps."""
+        if interval == 1:
+            return Recipe(tx, (self.fused(tx, outputs),))
+        steps = tuple(self.fused(tx, outputs, refresh) for refresh in (True, False))
+        return Recipe(tx, steps, (1 / interval, 1 - 1 / interval))
+
+
+def recipes(net: Network) -> dict[str, Recipe]:
+    """Return all steps, the baseline first."""
+    steps = Steps(net)
+    convolutional = any(x.ndim == 4 for x in jax.tree.leaves(net.params))
+    adam = optax.adam(LEARNING_RATE)
+
+    def adahessian(interval: int = 1, **options: Any) -> Any:
+        return ah.adahessian(LEARNING_RATE, update_interval=interval, **options)
+
+    def sophia(interval: int) -> Recipe:
+        tx = optax.contrib.sophia(LEARNING_RATE, update_interval=interval)
+        return Recipe(tx, (steps.with_objective(tx),), cycle=interval, loops=True)
+
+    plain = adahessian()
+    davda54_10 = ah.published.davda54(LEARNING_RATE, update_each=10)
+    paper = ah.published.paper(LEARNING_RATE, average_conv_kernel=convolutional)
+    factor = ah.gauss_newton(LOSS)
+    newton = ah.newton(LEARNING_RATE, LOSS)
+    return {
+        "optax.adam": Recipe(adam, (steps.with_objective(adam),)),
+        "every step": steps.every(1, plain),
+        "every step, obj_fn": Recipe(plain, (steps.with_objective(plain),)),
+        "every 10": steps.every(10, adahessian(10)),
+        "paper": steps.every(1, paper),
+        "davda54, every 10": steps.every(10, davda54_10),
+        "davda54, every 10, cond": Recipe(
+            davda54_10, (steps.fused(davda54_10),), cycle=10, loops=True
+        ),
+        "zack_dugue": steps.every(1, ah.published.zack_dugue(LEARNING_RATE)),
+        "4 probes": steps.every(1, adahessian(estimator=ah.hutchinson(4))),
+        "Gauss-Newton": steps.every(1, adahessian(estimator=factor), outputs=True),
+        "Gauss-Newton, every 10": steps.every(
+            10, adahessian(10, estimator=factor), outputs=True
+        ),
+        "in_eigenbasis, every 20": steps.every(20, newton, outputs=True),
+        "in_eigenbasis, every 20, own rate": steps.every(
+            20, ah.newton(None, LOSS), outputs=True
+        ),
+        "optax sophia": sophia(1),
+        "optax sophia, every 10": sophia(10),
+    }
+
+
+def somax_recipe(net: Network) -> Recipe:
+    """Return python-somax's AdaHessian, of version 1.0.1.
+
+    Batch statistics are not returned: its loss function has no auxiliary output.
+    """
+    import somax
+
+    method = somax.adahessian(
+        loss_fn=lambda params, batch: net.loss_fn(params, *batch)[0][0],
+        learning_rate=LEARNING_RATE,
+        spatial_averaging=False,
+    )
+
+    def step(params: Any, state: Any, *batch: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+        return method.step(params, batch, state, key)
+
+    return Recipe(method, (step,))
+
+
+def prepare(name: str, recipe: Recipe, params: Any, batch: Sequence[Any]) -> Contender:
+    """Compile the steps of a recipe, with donated parameters and state."""
+    # Donated buffers are gone: each contender needs parameters of its own.
+    params, state = jax.tree.map(jnp.copy, (params, recipe.tx.init(params)))
+    programs, flops, memory = [], 0.0, 0
+    for function, share in zip(recipe.steps, recipe.shares, strict=True):
+        jitted = jax.jit(function, donate_argnums=(0, 1))
+        compiled = jitted.lower(params, state, *batch).compile()
+
+        def step(carry: Any, compiled: Any = compiled) -> Any:
+            return compiled(*carry, *batch)[:2]
+
+        programs.append(Program(step, share, recipe.cycle))
+        flops += share * (compiled.cost_analysis() or {}).get("flops", 0.0)
+        usage = compiled.memory_analysis()
+        memory = max(memory, usage.temp_size_in_bytes if usage else 0)
+    costs = {"flops": None if recipe.loops else flops, "memory": memory}
+    return Contender(name, programs, (params, state), jax.block_until_ready, costs)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flax networks of the benchmarks of accuracy and training."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+
+class Mlp(nn.Module):
+    """Dense layers with an activation between them."""
+
+    widths: tuple[int, ...]
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map a batch of inputs, of any shape, to rows of outputs."""
+        x = x.reshape(len(x), -1)
+        for width in self.widths[:-1]:
+            x = self.activation(nn.Dense(width)(x))
+        return nn.Dense(self.widths[-1])(x)
+
+
+class ReluConvNet(nn.Module):
+    """Two strided convolutions and a dense layer."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Map images (batch, height, width, 1) to logits (batch, 10)."""
+        x = images
+        for features in (8, 16):
+            x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class TanhMlp(nn.Module):
+    """Three hidden layers with tanh, from points to one number each."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map a point to a number."""
+        for _ in range(3):
+            x = nn.tanh(nn.Dense(self.width)(x))
+        return nn.Dense(1)(x)[..., 0]
+
+
+class Autoencoder(nn.Module):
+    """Five hidden layers with tanh, or ``depth`` of each; the narrowest has 16."""
+
+    widths: tuple[int, ...] = (256, 64, 16, 64, 256)
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map rows of pixels to rows of pixels."""
+        for width in np.repeat(self.widths, self.depth).tolist():
+            x = nn.tanh(nn.Dense(width)(x))
+        return nn.Dense(784)(x)
+
+
+class ResNet8(nn.Module):
+    """A residual network; statistics are those of the batch in evaluation too."""
+
+    n_classes: int
+    widths: tuple[int, ...] = (8, 16, 32)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map images (batch, height, width, channels) to logits (batch, classes)."""
+
+        def unit(x: jax.Array, width: int, size: int, stride: int = 1) -> jax.Array:
+            kernel, strides = (size, size), (stride, stride)
+            x = nn.Conv(width, kernel, strides, use_bias=False)(x)
+            # Batch normalisation, without averages of the statistics.
+            return nn.LayerNorm(reduction_axes=(0, 1, 2), feature_axes=-1)(x)
+
+        x = nn.relu(unit(x, self.widths[0], 3, 2))
+        for i, width in enumerate(self.widths):
+            stride = 1 if i == 0 else 2
+            y = unit(nn.relu(unit(x, width, 3, stride)), width, 3)
+            x = nn.relu(y + (x if i == 0 else unit(x, width, 1, stride)))
+        return nn.Dense(self.n_classes)(x.mean(axis=(1, 2)))

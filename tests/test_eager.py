@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Outside jit, as values in Python, with donated buffers, and under JAX's checks."""
+
+import contextlib
+import copy
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax._src import monitoring
+
+import adahessian_jax as ah
+from adahessian_jax import losses
+from adahessian_jax._src.estimator import are_alike
+
+SOFTMAX = losses.softmax_cross_entropy
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(8, 3)), jnp.float32)
+Y = jnp.asarray(RNG.integers(0, 3, size=8))
+PARAMS = {
+    "b": jnp.zeros((1, 3)),
+    "w": jnp.asarray(RNG.normal(size=(3, 3)), jnp.float32),
+}
+
+
+def predict(p):
+    return jnp.dot(X, p["w"]) + p["b"]
+
+
+def objective(p):
+    return SOFTMAX(predict(p), Y)
+
+
+def loss_and_outputs(p):
+    return objective(p), predict(p)
+
+
+GAUSS_NEWTON = ah.gauss_newton(SOFTMAX)
+ESTIMATORS = {
+    "hutchinson": ah.hutchinson(),
+    "hutchinson_9": ah.hutchinson(9),
+    "loop": ah.hutchinson(2, unroll=False),
+    "normal": ah.hutchinson(probe="normal", control_variate=ah.ema_control()),
+    "low_rank": ah.hutchinson(control_variate=ah.low_rank_control(2)),
+    "control": ah.hutchinson(control_variate=ah.gauss_newton_control(SOFTMAX)),
+    "gauss_newton": GAUSS_NEWTON,
+    "gauss_newton_2": ah.gauss_newton(SOFTMAX, n_samples=2),
+    "in_eigenbasis": ah.in_eigenbasis(GAUSS_NEWTON, max_dim=2, n_vectors=1),
+}
+
+
+def extra_args(name):
+    if name == "control":
+        return {"predict_fn": predict, "labels": Y}
+    return {"obj_fn": objective, "predict_fn": predict}
+
+
+def optimizer(name, interval=1):
+    return ah.adahessian(
+        0.1,
+        hessian_ema="mean",
+        eps=0.1,
+        update_interval=interval,
+        estimator=ESTIMATORS[name],
+    )
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collect the names of what is compiled meanwhile."""
+    events = []
+
+    def listener(event, seconds, **_):
+        del seconds
+        if "backend_compile" in event:
+            events.append(event)
+
+    monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield events
+    finally:
+        monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.mark.parametrize("path", ["always", "every second", "fused"])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_nothing_is_compiled_after_both_kinds_of_step(name, path):
+    fused = path == "fused"
+    tx = optimizer(name, 1 if path == "always" else 2)
+    function = objective if ESTIMATORS[name].update.loss is None else loss_and_outputs
+    one_pass = ah.value_and_grad_with_curvature(function, tx)
+    labels = {"labels": Y} if name == "control" else {}
+
+    def step(params, state):
+        if fused:
+            _, grads, curvature = one_pass(params, state=state, **labels)
+            args = {"curvature": curvature}
+        else:
+            grads, args = jax.grad(objective)(params), extra_args(name)
+        updates, state = tx.update(grads, state, params, **args)
+        return optax.apply_updates(params, updates), state
+
+    carry = PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+        carry = step(*carry)
+    with compilations() as events:
+        for _ in range(2):
+            carry = step(*carry)
+    assert not events
+    assert carry[1][0].curvature.count == 5
+
+
+def test_compilations_are_counted():
+    with compilations() as events:
+        jax.jit(lambda x: x * 3.5)(jnp.ones(7)).block_until_ready()
+    assert events
+
+
+# Values -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_and_optimizers_survive_as_values(name):
+    eqx = pytest.importorskip("equinox")
+
+    class Trainer(eqx.Module):
+        tx: optax.GradientTransformation
+
+    for value in (ESTIMATORS[name], optimizer(name)):
+        structure = jax.tree.structure(value.init(PARAMS))
+        for rebuilt in (
+            copy.deepcopy(value),
+            jax.tree.map(lambda x: x, value),
+            jax.tree.map(lambda x: x, Trainer(value)).tx,
+            eqx.filter_jit(lambda tx: tx)(value),
+            value._replace(init=value.init),
+        ):
+            assert isinstance(rebuilt, optax.GradientTransformationExtraArgs)
+            assert jax.tree.structure(rebuilt.init(PARAMS)) == structure
+    # A copy of an estimator is the same to the fused path, and not another one.
+    twin = copy.deepcopy(ESTIMATORS[name])
+    assert are_alike(twin, ESTIMATORS[name])
+    others = [e for n, e in ESTIMATORS.items() if n != name]
+    assert not any(are_alike(twin, other) for other in others)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_states_pickle_map_and_are_donated(name):
+    """No array is in two fields, and none is lost."""
+    tx = optimizer(name, interval=2)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        grads = jax.grad(objective)(params)
+        updates, state = tx.update(grads, state, params, **extra_args(name))
+        return optax.apply_updates(params, updates), state
+
+    params, state = jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS)))
+    restored = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, state)))
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    leaves = [id(x) for x in jax.tree.leaves(tx.init(PARAMS))]
+    assert len(leaves) == len(set(leaves))
+    fresh = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
+    for _ in range(3):
+        params, state = step(params, state)
+        fresh = step(*fresh)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(fresh[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ah.newton(None, SOFTMAX),
+        lambda: ah.published.davda54(update_each=2),
+        lambda: ah.published.zack_dugue(),
+    ],
+    ids=["newton", "davda54", "zack_dugue"],
+)
+def test_named_optimizers_can_be_donated_from_the_first_step(make):
+    tx = make()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        args = {"obj_fn": objective, "predict_fn": predict}
+        updates, state = tx.update(jax.grad(objective)(params), state, params, **args)
+        return optax.apply_updates(params, updates), state
+
+    carry = jax.tree.map(jnp.copy, PARAMS), tx.init(PARAMS)
+    for _ in range(3):
+        carry = step(*carry)
+    assert np.isfinite(objective(carry[0]))
+
+
+# JAX's own checks -------------------------------------------------------------------
+
+CHECKS = {
+    "leaks": jax.checking_leaks,
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "NaN": lambda: jax.debug_nans(True),
+    "legacy keys": lambda: jax.legacy_prng_key("error"),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "name", ["hutchinson_9", "low_rank", "control", "gauss_newton_2", "in_eigenbasis"]
+)
+def test_passes_the_checks_of_jax(name, check, request):
+    if (name, check) == ("low_rank", "rank promotion"):
+        reason = "products of tensors with a stack of them"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    w = jnp.ones((3, 3))
+    x = jnp.concatenate([X[:, :2], jnp.zeros((8, 1))], axis=1)  # no curvature in a row
+
+    def outputs(w):
+        return jnp.dot(x, w)
+
+    def loss(w):
+        return SOFTMAX(outputs(w), Y)
+
+    key = jax.random.key(1)
+    estimator = {
+        "hutchinson_9": lambda: ah.hutchinson(9, seed=key),
+        "low_rank": lambda: ah.hutchinson(
+            control_variate=ah.low_rank_control(2), seed=key
+        ),
+        "control": lambda: ah.hutchinson(
+            control_variate=ah.gauss_newton_control(SOFTMAX), seed=key
+        ),
+        "gauss_newton_2": lambda: ah.gauss_newton(SOFTMAX, n_samples=2, seed=key),
+        "in_eigenbasis": lambda: ah.in_eigenbasis(ah.gauss_newton(SOFTMAX, seed=key)),
+    }[name]
+    with CHECKS[check]():
+        tx = ah.adahessian(0.1, estimator=estimator(), update_interval=2)
+        args = {"predict_fn": outputs, "labels": Y}
+        if name != "control":
+            args["obj_fn"] = loss
+
+        @jax.jit
+        def step(w, state):
+            return tx.update(jax.grad(loss)(w), state, w, **args)
+
+        state = tx.init(w)
+        for _ in range(2):
+            updates, state = step(w, state)
+    assert np.all(np.isfinite(updates))

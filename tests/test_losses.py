@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses as numbers, and their curvature against ``jax.hessian`` of the numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adahessian_jax import losses
+from tests.problems import all_signs
+
+pytestmark = pytest.mark.usefixtures("x64")
+RNG = np.random.default_rng(0)
+SHAPE = (3, 2, 2)  # batch, time, classes
+F = RNG.normal(size=SHAPE)
+CLASSES = RNG.integers(0, 2, size=SHAPE[:2])
+SMOOTHED = np.asarray(0.8 * np.eye(2)[CLASSES] + 0.1)
+REAL = RNG.normal(size=SHAPE)
+BITS = RNG.integers(0, 2, size=SHAPE)
+COUNTS = RNG.poisson(2.0, size=SHAPE)
+WHERE = {
+    "all": None,
+    "mask": np.array([True, False, True]),
+    "weights": np.array([[1.0, 0.0], [0.5, 2.0], [0.0, 3.0]]),
+}
+
+
+def log_softmax(f):
+    return f - np.log(np.sum(np.exp(f), axis=-1, keepdims=True))
+
+
+def of_classes(f):
+    return -np.take_along_axis(log_softmax(f), CLASSES[..., None], axis=-1)[..., 0]
+
+
+def quartic(row, label):
+    return jnp.sum(jnp.square(row - label)) ** 2 + jnp.sum(row) ** 2
+
+
+def quartics(f):
+    return np.sum((f - REAL) ** 2, -1) ** 2 + np.sum(f, -1) ** 2
+
+
+def log_cosh(f, y=0.0):
+    return jnp.log(jnp.cosh(f - y))
+
+
+def needing(f, y):
+    return log_cosh(f, y)
+
+
+SOFTMAX = losses.softmax_cross_entropy
+BINARY = losses.sigmoid_binary_cross_entropy
+# Name: the loss, its labels, and the losses of rows (or of elements) in NumPy.
+CASES = {
+    "classes": (SOFTMAX, CLASSES, of_classes),
+    "smoothed": (SOFTMAX, SMOOTHED, lambda f: -np.sum(SMOOTHED * log_softmax(f), -1)),
+    "sigmoid": (BINARY, BITS, lambda f: np.log1p(np.exp(f)) - BITS * f),
+    "squared": (losses.squared_error, REAL, lambda f: (f - REAL) ** 2),
+    "l2": (losses.l2_loss, REAL, lambda f: (f - REAL) ** 2 / 2),
+    "poisson": (losses.poisson_nll_loss, COUNTS, lambda f: np.exp(f) - COUNTS * f),
+    "row": (losses.of_row(jax.nn.logsumexp), None, lambda f: np.log(np.exp(f).sum(-1))),
+    "row-labels": (losses.of_row(quartic), REAL, quartics),
+    "element": (losses.of_element(log_cosh), None, lambda f: np.log(np.cosh(f))),
+    "element-labels": (losses.of_element(needing), REAL, lambda f: log_cosh(f, REAL)),
+}
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "events": {"event_ndim": 2},
+    "sum of events": {"reduction": "sum", "event_ndim": 3},
+}
+
+
+def broadcast(where):
+    where = np.ones(()) if where is None else np.asarray(where, float)
+    return np.broadcast_to(where.reshape(*where.shape, *[1] * (3 - where.ndim)), SHAPE)
+
+
+def by_hand(elements, where, loss):
+    """Reduce the losses of rows, or of elements, as the object says it does."""
+    weights = broadcast(where)
+    per_row = np.prod(SHAPE[len(SHAPE) - loss.event_ndim :])
+    total = np.sum((weights if elements.ndim == 3 else weights[..., 0]) * elements)
+    return total / (weights.sum() / per_row if loss.reduction == "mean" else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "where"),
+    [
+        (name, options, list(WHERE)[(i + j) % 3])  # each pair of two
+        for i, name in enumerate(CASES)
+        for j, options in enumerate(OPTIONS)
+    ],
+)
+def test_value_gradient_and_curvature(name, options, where):
+    """The factor is exact in the mean over all signs, not on the average of some."""
+    loss, labels, elements = CASES[name]
+    options, where = OPTIONS[options], WHERE[where]
+    loss = loss.replace(**options)
+    if where is not None and where.ndim > len(SHAPE) - loss.event_ndim:
+        with pytest.raises(ValueError, match=r"where of shape .* does not match"):
+            loss(F, labels, where=where)
+        return
+    poisoned = np.where(broadcast(where) > 0, F, np.nan)  # rows without weight
+
+    @jax.jit
+    def called(f):
+        return loss(f, labels, where=where)
+
+    np.testing.assert_allclose(called(F), by_hand(elements(F), where, loss))
+    np.testing.assert_allclose(called(poisoned), called(F), rtol=1e-14)
+    gradient = np.asarray(jax.jit(jax.grad(called))(poisoned))
+    hessian = np.asarray(jax.jit(jax.hessian(called))(F)).reshape(F.size, F.size)
+    np.testing.assert_allclose(gradient, jax.jit(jax.grad(called))(F), atol=1e-15)
+
+    needed = labels if loss.needs_labels else None
+    weights = np.asarray(loss.row_weights(jnp.asarray(F), where))
+
+    @jax.jit
+    @jax.vmap
+    def weighted(u):
+        u = u.reshape(SHAPE)
+        root = loss.factor(F, u, needed) * np.sqrt(weights)
+        return root.ravel(), (loss.product(F, u, needed) * weights).ravel()
+
+    samples, products = weighted(all_signs(F.size))
+    np.testing.assert_allclose(samples.T @ samples / len(samples), hessian, atol=1e-12)
+    np.testing.assert_allclose(products, all_signs(F.size) @ hessian, atol=1e-12)
+    # And as something to check one's own loss by.
+    loss.check(called, F, needed, where=where)
+    with pytest.raises(ValueError, match=r"3 times the curvature of losses\."):
+        loss.check(lambda f: 3 * called(f), F, needed, where=where)
+
+
+def test_no_weight_at_all_is_a_loss_of_zero():
+    where = np.zeros(SHAPE[:1])
+    value_and_grad = jax.value_and_grad(lambda f: losses.l2_loss(f, REAL, where=where))
+    value, gradient = value_and_grad(F * np.nan)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_labels_of_rows_without_weight_may_be_anything():
+    where = np.array([True, False, True])
+    for labels, bad in ((CLASSES, 99), (SMOOTHED, np.nan)):
+        kept = where.reshape(-1, *[1] * (labels.ndim - 1))
+        got = SOFTMAX(F, np.where(kept, labels, bad), where=where)
+        np.testing.assert_allclose(got, SOFTMAX(F, labels, where=where))
+
+
+@pytest.mark.parametrize("name", ["classes", "sigmoid", "squared", "row-labels"])
+def test_half_precision_is_added_up_in_single(name):
+    loss, labels, elements = CASES[name]
+    f = jnp.asarray(F, jnp.bfloat16)
+    if name == "row-labels":
+        labels = np.float32(labels)
+    value = loss(f, labels)
+    assert value.dtype == jnp.float32
+    assert jax.grad(lambda f: loss(f, labels))(f).dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        value, np.mean(elements(np.asarray(f, float))), rtol=1e-5
+    )
+
+
+def test_parts_over_devices_add_up_to_the_whole():
+    loss, where = SOFTMAX, WHERE["weights"]
+    parts = jax.vmap(lambda *a: loss.part(*a, "devices"), axis_name="devices")(
+        F[:, None], CLASSES[:, None], where[:, None]
+    )
+    np.testing.assert_allclose(parts.sum(), loss(F, CLASSES, where=where))
+
+
+def test_objects_compare_print_and_hash():
+    loss = losses.squared_error
+    assert loss.replace(reduction="sum") == loss.replace(reduction="sum") != loss
+    assert len({loss, loss.replace(), loss.replace(event_ndim=1)}) == 2
+    assert repr(loss) == "losses.squared_error"
+    changed = loss.replace(event_ndim=2, reduction="sum")
+    assert (
+        repr(changed) == "losses.squared_error.replace(event_ndim=2, reduction='sum')"
+    )
+    assert repr(losses.of_row(quartic)) == "losses.of_row(quartic)"
+    assert repr(losses.of_element(needing, "mine")) == "losses.of_element(mine)"
+    assert losses.of_row(quartic).needs_labels
+    assert not losses.of_element(log_cosh).needs_labels  # its label has a default
+
+
+F1 = np.ones((4, 2))
+REFUSED = {
+    "another loss": (lambda f: jnp.sum(f**4), {}, "has another curvature than"),
+    "no weight": (lambda f: jnp.sum(f**2), {"where": np.zeros(4)}, "no finite curv"),
+    "NaN": (lambda f: jnp.nan * jnp.sum(f**2), {}, "no finite curvature"),
+    "negative": (lambda f: -jnp.sum(f**2) / 8, {}, "-2 times the curvature"),
+    "reduction": (lambda f: jnp.sum(f**2) / 2, {}, "8 times the curvature"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_check_refuses(name):
+    loss_fn, options, message = REFUSED[name]
+    f = F1 * np.arange(1, 3)
+    with pytest.raises(ValueError, match=message):
+        losses.l2_loss.check(loss_fn, f, **options)
+
+
+def test_check_refuses_where_there_is_nothing_to_compare():
+    with pytest.raises(ValueError, match="no finite curvature"):
+        losses.l2_loss.check(lambda f: jnp.sum(f**2), np.ones((0, 2)))
+    saturated = np.array([[1e4, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="no finite curvature"):
+        SOFTMAX.check(lambda f: jnp.sum(f**2), saturated)
+    good = lambda f: jnp.mean(f**2) / 2  # noqa: E731
+    losses.l2_loss.check(lambda f: 1.01 * good(f), F1, rtol=0.02)
+    with pytest.raises(ValueError, match=r"1\.01 times"):
+        losses.l2_loss.check(lambda f: 1.01 * good(f), F1)
+
+
+X3 = np.zeros((4, 3))
+ROW = losses.of_row(quartic)
+DEEP = SOFTMAX.replace(event_ndim=3)
+SHAPE_ERRORS = {
+    "one class": (SOFTMAX, (X3[:, :1], X3[:, :1]), "one class"),
+    "columns": (losses.l2_loss, (X3[:, :1], X3[:, 0]), r"\(4,\) .* of shape \(4, 1\)"),
+    "too few classes": (SOFTMAX, (X3, np.zeros(3, int)), "do not match outputs"),
+    "no labels": (losses.l2_loss, (X3, None), "labels must be given to losses.l2"),
+    "no labels of rows": (ROW, (X3, None), "labels must be given"),
+    "rows": (ROW, (X3, np.zeros(3)), r"labels of shape \(3,\) do not"),
+    "axes": (DEEP, (X3, X3), "rows along the last 3 axes"),
+    "no distribution": (SOFTMAX, (X3, X3), "must add up to 1"),
+}
+
+
+@pytest.mark.parametrize("name", SHAPE_ERRORS)
+def test_refuses_what_does_not_fit(name):
+    loss, arguments, message = SHAPE_ERRORS[name]
+    with pytest.raises(ValueError, match=message):
+        loss(*arguments)
+
+
+def test_refuses_weights_below_zero_integers_and_a_concave_function():
+    with pytest.raises(ValueError, match="where must not be negative"):
+        losses.l2_loss(F1, F1, where=np.array([1.0, -1, 1, 1]))
+    with pytest.raises(TypeError, match="outputs must be floating point"):
+        losses.l2_loss(np.ones(3, int), np.ones(3))
+    for make in (losses.of_row, losses.of_element):
+        loss = make(lambda f: -jnp.sum(f**2))
+        with pytest.raises(ValueError, match="loss must be convex in the outputs"):
+            loss.factor(jnp.asarray(F1), jnp.ones_like(F1), None)
+        compiled = jax.jit(lambda f, loss=loss: loss.factor(f, f, None))(F1)
+        assert np.all(np.isnan(compiled))  # where nothing could raise
+        with pytest.raises(TypeError, match="must be a callable"):
+            make(3)
+
+
+def test_is_what_optax_computes():
+    one_hot = jax.nn.one_hot(CLASSES, 2, dtype=F.dtype)
+    labels = optax.smooth_labels(one_hot, 0.1)
+    expected = optax.softmax_cross_entropy(F, labels).mean()
+    np.testing.assert_allclose(SOFTMAX(F, labels), expected)
