@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import as_varying
+from adahessian_jax._src.axes import as_varying, sum_over_axis
 from adahessian_jax._src.curvature_average import CurvatureAverage
 from adahessian_jax._src.curvature_state import (
     CurvatureState,
@@ -211,7 +211,10 @@ class _Pass:
 
         def part(state: Any, part: list[Any]) -> tuple[Any, Any, Any, Any]:
             (value, aux, weight), grads, diag, state = one(join(part), state)
-            return state, (value, grads, diag), aux, weight
+            # Value and gradient are a device's own, and the estimate is of all.
+            axis_name = getattr(self.estimator.update, "axis_name", None)
+            weights = weight, weight, sum_over_axis(weight, axis_name)
+            return state, (value, grads, diag), aux, weights
 
         state, (value, grads, diag), aux = over_parts(
             part, state, parts, reduction=self._reduction(), unroll=self.of.unroll

@@ -44,11 +44,11 @@ class TrainState(train_state.TrainState):
         Returns:
           The new train state.
         """
-        tx = optax.with_extra_args_support(self.tx)
 
         def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
-            return tx.update(updates, state, params, **(extra_args or {}))
+            # As it is: optax.MultiSteps takes them and does not say so by its type.
+            return self.tx.update(updates, state, params, **(extra_args or {}))
 
-        bound = self.replace(tx=optax.GradientTransformation(tx.init, update_fn))
+        bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update_fn))
         updated = super(TrainState, bound).apply_gradients(grads=grads, **kwargs)
         return updated.replace(tx=self.tx)

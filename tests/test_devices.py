@@ -231,27 +231,6 @@ def test_the_same_probe_on_each_device_gives_the_run_of_one(x64):
     chex.assert_trees_all_close(*ends, rtol=1e-9, atol=1e-12)
 
 
-def test_devices_draw_probes_of_their_own():
-    """So the variance is that of one probe over their number, here in the limit."""
-    h = RNG.normal(size=(6, 6))
-    h = jnp.asarray(h + h.T, jnp.float32)
-
-    def estimate(axis_name, key):
-        estimator = ah.hutchinson(seed=key, axis_name=axis_name)
-        objective = {"obj_fn": lambda w: jnp.dot(w, jnp.dot(h, w)) / 2}
-        w = jnp.ones(6)
-        return estimator.update(None, estimator.init(w), w, **objective)[0]
-
-    keys = jax.random.split(jax.random.key(0), 2000)
-    on_each = jax.vmap(
-        functools.partial(estimate, "data"), None, 0, axis_size=N, axis_name="data"
-    )
-    many = jax.jit(jax.vmap(lambda key: on_each(key)[0]))(keys)
-    one = jax.jit(jax.vmap(functools.partial(estimate, None)))(keys)
-    ratio = jnp.var(one, axis=0).sum() / jnp.var(many, axis=0).sum()
-    np.testing.assert_allclose(ratio, N, rtol=0.1)  # of standard error 3 %
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_estimate_is_that_of_the_whole_batch(kind):
     """Rows weigh the same whichever device has them: exact, as for one device.

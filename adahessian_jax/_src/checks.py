@@ -151,8 +151,9 @@ def check_real(name: str, tree: Any) -> None:
         if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} has dtype {dtype_of(leaf)}: the"
-                " Hessian's diagonal is defined for real parameters only. Wrap the"
-                " optimizer in optax.contrib.split_real_and_imaginary."
+                " Hessian's diagonal is defined for real parameters only. Make real and"
+                " imaginary parts parameters, and complex numbers of them in the loss,"
+                " by jax.lax.complex."
             )
 
 

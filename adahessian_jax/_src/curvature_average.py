@@ -223,7 +223,7 @@ class CurvatureAverage:
                 return v
             dtype = accumulation_dtype(d, v)
             d, old = d.astype(dtype), v.astype(dtype)
-            b, never = as_dtype(self.b2, dtype), jnp.isinf(old)
+            b, never = as_dtype(self.b2, dtype), old == jnp.inf
             # What leaves the bias-corrected average as it is, if there is nothing new.
             new = jnp.where(ok, d**self.order, old * correction.astype(dtype))
             weight = jnp.where(never, seen.astype(dtype), 1 - b)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of a batch, and averages over them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,7 +72,7 @@ def over_parts(
     Args:
       function: ``(state, part)`` to ``(state, reduced, stacked, weight)``: the new
         state, a tree to average, one whose leaves are to be put behind each other, and
-        the weight of the part in a mean.
+        the weights of the part in the means of each entry of ``reduced``, a tuple.
       state: the first state.
       parts: arrays, with parts along their first axes.
       reduction: ``"mean"`` or ``"sum"``.
@@ -81,33 +82,44 @@ def over_parts(
       The last state, the mean or sum, where leaves that are not floating point are
       those of the last part, and the stack.
     """
-    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
-    _, like, _, _ = jax.eval_shape(function, state, [x[0] for x in parts])
+
+    def weighted(state: Any, part: list[Any]) -> tuple[Any, Any, Any, Any]:
+        state, reduced, stacked, weights = function(state, part)
+        if reduction == "sum":
+            weights = jax.tree.map(lambda _: 1.0, weights)
+        dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
+        return state, reduced, stacked, [jnp.asarray(w, dtype) for w in weights]
+
+    _, like, _, like_weights = jax.eval_shape(weighted, state, [x[0] for x in parts])
 
     def one(carry: Any, part: list[Any]) -> tuple[Any, Any]:
-        state, total, total_weight = carry
-        state, reduced, stacked, weight = function(state, part)
-        weight = jnp.asarray(1.0 if reduction == "sum" else weight, dtype)
+        state, totals, total_weights = carry
+        state, reduced, stacked, weights = weighted(state, part)
 
-        def add(total: Any, x: Any) -> Any:
+        def add(weight: jax.Array, total: Any, x: Any) -> Any:
             if not is_differentiable(x):
                 return x
             x = x.astype(total.dtype)
             # A mean over no rows may be anything.
             return total + jnp.where(weight > 0, weight.astype(x.dtype) * x, 0)
 
-        total = jax.tree.map(add, total, reduced)
-        return (state, total, total_weight + weight), stacked
+        totals = tuple(
+            jax.tree.map(functools.partial(add, weight), total, x)
+            for weight, total, x in zip(weights, totals, reduced, strict=True)
+        )
+        return (state, totals, jax.tree.map(jnp.add, total_weights, weights)), stacked
 
-    zeros = jax.tree.map(zeros_of_type, like)
-    (state, total, weight), stacked = scan(
-        one, (state, zeros, jnp.zeros((), dtype)), parts, unroll=unroll
-    )
-    divisor = jnp.where((weight > 0) & (reduction == "mean"), weight, 1)
+    zeros = jax.tree.map(zeros_of_type, (like, like_weights))
+    (state, totals, weights), stacked = scan(one, (state, *zeros), parts, unroll=unroll)
 
-    def reduced(total: Any, x: Any) -> Any:
+    def reduced(weight: jax.Array, total: Any, x: Any) -> Any:
         if not is_differentiable(x):
             return total
+        divisor = jnp.where((weight > 0) & (reduction == "mean"), weight, 1)
         return (total / divisor.astype(total.dtype)).astype(x.dtype)
 
-    return state, jax.tree.map(reduced, total, like), stacked
+    means = tuple(
+        jax.tree.map(functools.partial(reduced, weight), total, x)
+        for weight, total, x in zip(weights, totals, like, strict=True)
+    )
+    return state, means, stacked

@@ -14,7 +14,7 @@ from adahessian_jax._src.checks import check_flag
 from adahessian_jax._src.dtypes import is_differentiable, wide
 from adahessian_jax._src.linearized import gauss_newton_factor, linearize
 from adahessian_jax._src.loss import Loss, check_loss
-from adahessian_jax._src.moving_average import CurvatureEMA, debias
+from adahessian_jax._src.moving_average import debias
 
 Product = Callable[..., optax.Updates]
 
@@ -24,12 +24,11 @@ class ControlVariate(NamedTuple):
 
     Attributes:
       init: maps parameters to the initial state.
-      correct: ``(state, probes, product, *, params, key, axis_name, **extra_args)``
-        to the estimate of the diagonal and the new state. ``product()`` is the
-        objective's Hessian times the probes, and ``product(fun)`` that of ``fun``, a
-        function from parameters to ``(scalar, value)`` that has the objective's
-        gradient and value; ``axis_name`` is the estimator's and ``extra_args`` are
-        those of its ``update``.
+      correct: ``(state, probes, product, *, params, key, axis_name, **extra_args)`` to
+        the estimate of the diagonal and the new state. ``product()`` is the objective's
+        Hessian times the probes, and ``product(fun)`` that of ``fun``, from parameters
+        to ``(scalar, value)`` with the objective's gradient and value; ``axis_name`` is
+        the estimator's and ``extra_args`` are those of its ``update``.
       loss: the loss whose outputs it needs beside it, or None. The function that
         returns both, ``loss_fn``, is then among ``extra_args``, in the fused path.
     """
@@ -59,11 +58,11 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
     its start from zero: the formula published with the variant of AdaHessian that
     averages the Hessian itself.
 
-    **It changes nothing that plain Hutchinson with Rademacher probes does not do**:
-    there :math:`z \odot (c \odot z) = c` exactly, whatever the signs. With
-    Gaussian probes, whose variance is :math:`\sum_{j \neq i} H_{ij}^2 + 2 H_{ii}^2`,
-    it turns the second term into :math:`2 (H_{ii} - c_i)^2`, and so at best ties with
-    Rademacher probes. It is here so that the published variant can be run.
+    **It does no more than plain Hutchinson with Rademacher probes**: there :math:`z
+    \odot (c \odot z) = c` exactly, whatever the signs. With Gaussian probes, whose
+    variance is :math:`\sum_{j \neq i} H_{ij}^2 + 2 H_{ii}^2`, it turns the second term
+    into :math:`2 (H_{ii} - c_i)^2`, and so at best ties with Rademacher probes. It is
+    here so that the published variant can be run.
 
     Args:
       unbiased: add the mean back. False is the published formula: the average then
@@ -90,14 +89,8 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
     check_flag("unbiased", unbiased)
 
     def correct(
-        state: tuple[()],
-        probes: optax.Updates,
-        product: Product,
-        *,
-        curvature_ema: CurvatureEMA | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, tuple[()]]:
-        del extra_args
+        state: Any, probes: Any, product: Any, *, curvature_ema: Any = None, **_: Any
+    ) -> tuple[optax.Updates, Any]:
         if curvature_ema is None:
             raise ValueError(
                 "ema_control needs the optimizer's moving average of the Hessian"
@@ -105,7 +98,7 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
                 " hessian_ema='mean', and hand that optimizer, not its estimator alone,"
                 " to value_and_grad_with_curvature."
             )
-        decay, count = curvature_ema.decay, curvature_ema.count
+        average, decay, count = curvature_ema
         # Before the first estimate the average is zero, and so is its correction.
         corrected = debias(decay, jnp.maximum(count, 1))
         scale = corrected if unbiased else jnp.asarray(decay)
@@ -117,7 +110,7 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
             d = z * (y - c * z)
             return d + c if unbiased else d
 
-        return jax.tree.map(one, probes, product(), curvature_ema.value), state
+        return jax.tree.map(one, probes, product(), average), state
 
     return ControlVariate(lambda params: (), correct)
 
@@ -136,23 +129,21 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
     (:func:`adahessian_jax.gauss_newton`) and probes the remainder only, which is small
     where the network fits its data. It is unbiased for diag H. It may be negative.
 
-    The products with R cost what those with H cost, and come with the gradient of the
-    loss, which is that of the remainder; the factor adds one pullback of the outputs,
-    so that an estimate takes about 1.3 times the operations of plain Hutchinson. There
-    is no state.
+    A product with R costs what one with H costs, and comes with the gradient of the
+    loss, which is that of the remainder; the factor adds one pullback of the outputs:
+    about 1.3 times the operations of plain Hutchinson. There is no state.
 
     Args:
-      loss: the loss that the network is trained with, from
-        :mod:`adahessian_jax.losses`.
+      loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
 
     Returns:
-      A control variate for :func:`adahessian_jax.hutchinson`. Its ``update`` needs no
-      ``obj_fn`` but ``predict_fn``, a function from parameters to outputs or to
-      ``(outputs, where)``, and ``labels``: the objective is ``loss(outputs, labels,
-      where=where)``. In :func:`adahessian_jax.value_and_grad_with_curvature` the loss
-      function returns ``(loss, outputs)``, as for :func:`adahessian_jax.gauss_newton`,
-      and ``labels`` is a further argument; what the loss has beside it, such as weight
-      decay, is then in the estimate.
+      A control variate for :func:`adahessian_jax.hutchinson`. Its ``update`` needs, in
+      place of ``obj_fn``, ``predict_fn``, from parameters to outputs or to ``(outputs,
+      where)``, and ``labels``: the objective is ``loss(outputs, labels, where=where)``.
+      In :func:`adahessian_jax.value_and_grad_with_curvature` the loss function returns
+      ``(loss, outputs)``, as for :func:`adahessian_jax.gauss_newton`, and ``labels`` is
+      a further argument; what the loss has beside it, such as weight decay, is then in
+      the estimate.
 
     Raises:
       ValueError: at update, if ``predict_fn`` or ``labels`` is missing.
@@ -176,19 +167,18 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
     check_loss(loss)
 
     def correct(
-        state: tuple[()],
-        probes: optax.Updates,
+        state: Any,
+        probes: Any,
         product: Product,
         *,
-        params: optax.Params,
+        params: Any,
         key: Array,
         axis_name: AxisName,
         loss_fn: Any = None,
         predict_fn: Any = None,
         labels: Any = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, tuple[()]]:
-        del extra_args
+        **_: Any,
+    ) -> tuple[optax.Updates, Any]:
         if labels is None:
             raise ValueError(
                 "gauss_newton_control needs the gradient of the loss in the outputs and"
@@ -203,32 +193,29 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
 
         def loss_of(outputs: Array) -> Array:
             if loss_fn is None:
-                part = loss.part(outputs, labels, model.where, axis_name)
-                return n_devices * part
+                return n_devices * loss.part(outputs, labels, model.where, axis_name)
             return loss(outputs, labels, where=model.where)
 
         slope = jax.grad(loss_of)(model.outputs)
 
-        def remainder(params: optax.Params) -> tuple[Array, Any]:
+        def remainder(params: Any) -> tuple[Array, Any]:
             """Return the objective with the tangent of the output loss in its place."""
-            value_of_loss, outputs, value = model.evaluate(params)
+            total, outputs, value = model.evaluate(params)
             tangent = jnp.sum(slope * outputs)
             if loss_fn is None:  # there is nothing but the output loss
                 return tangent, value
-            dtype = value_of_loss.dtype
-            beside = value_of_loss - loss_of(outputs).astype(dtype)
-            return beside + tangent.astype(dtype), value
+            beside = total - loss_of(outputs).astype(total.dtype)
+            return beside + tangent.astype(total.dtype), value
 
         factor = gauss_newton_factor(key, loss, model, labels, axis_name)
-        gauss_newton = [n_devices * jnp.square(wide(g)) for g in factor]
+        squares = [n_devices * jnp.square(wide(g)) for g in factor]
         probed = multiply(probes, product(remainder))
         if loss_fn is not None and loss.reduction == "sum":
             probed = jax.tree.map(lambda r: n_devices * r, probed)
-        diag = jax.tree.map(
-            lambda g, r: g + r if is_differentiable(g) else g,
-            model.as_params(gauss_newton),
-            probed,
-        )
-        return diag, state
+
+        def add(g: Array, r: Array) -> Array:
+            return g + r if is_differentiable(g) else g
+
+        return jax.tree.map(add, model.as_params(squares), probed), state
 
     return ControlVariate(lambda params: (), correct, loss)

@@ -20,6 +20,7 @@ from adahessian_jax._src.orthogonal import (
     PRECISION,
     Bases,
     Orthogonal,
+    Reflectors,
     first_columns,
     orthogonal_from_columns,
     rotate,
@@ -55,10 +56,10 @@ def in_eigenbasis(
     r"""Estimate the diagonal in a basis in which the curvature is nearly diagonal.
 
     A diagonal says nothing of how parameters interact. This estimator turns the axes of
-    each tensor so that they interact less, and estimates the diagonal there; the
-    optimizers of this library take their step in the turned axes and turn it back. For
-    a matrix :math:`W` with Gauss-Newton matrix :math:`G_{(ij),(kl)}`, the axes are
-    those of the eigenvectors of its partial traces
+    each tensor so that they interact less, and estimates the diagonal there; this
+    library's optimizers step in the turned axes and turn the step back. For a matrix
+    :math:`W` with Gauss-Newton matrix :math:`G_{(ij),(kl)}`, the axes are the
+    eigenvectors of its partial traces
 
     .. math::
       L_{ik} = \sum_j G_{(ij),(kj)} = \mathrm{E}\, (g g^\top)_{ik}, \qquad
@@ -71,11 +72,11 @@ def in_eigenbasis(
     order has a partial trace and a basis for each of its axes; that of a vector is the
     whole of its block of G.
 
-    Partial traces are moving averages over estimates, and each estimate moves the bases
-    by one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. A basis
-    for an axis longer than ``max_dim`` follows its leading eigenvectors only, which
-    have most of the curvature, and leaves other directions nearly as they are. Use an
-    ``update_interval`` of 20 or so.
+    Partial traces are moving averages over estimates, each of which moves the bases by
+    one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. A basis for
+    an axis longer than ``max_dim`` follows its leading eigenvectors, which have most of
+    the curvature, and leaves the rest nearly as it is. Use an ``update_interval`` of 20
+    or so.
 
     Args:
       estimator: :func:`adahessian_jax.gauss_newton` with one sample.
@@ -88,11 +89,11 @@ def in_eigenbasis(
 
     Returns:
       A transformation for :func:`adahessian_jax.adahessian` and
-      :func:`adahessian_jax.scale_by_adahessian`. Its ``update`` takes what
-      that of ``estimator`` takes and returns the diagonal in the bases of the new
-      state, an :class:`EigenbasisState`, in the structure, shapes and dtypes of
-      ``params``. Other optimizers, such as ``optax.contrib.sophia``, would take it for
-      the diagonal in the parameters' own axes: do not give it to them.
+      :func:`adahessian_jax.scale_by_adahessian`. Its ``update`` takes what that of
+      ``estimator`` takes and returns the diagonal in the bases of the new state, an
+      :class:`EigenbasisState`, in the structure, shapes and dtypes of ``params``. Other
+      optimizers, such as ``optax.contrib.sophia``, would take it for the diagonal in
+      the parameters' own axes: do not give it to them.
 
     Raises:
       ValueError: if ``decay``, ``max_dim`` or ``n_vectors`` is out of range, or the
@@ -117,11 +118,10 @@ def in_eigenbasis(
     References:
       George et al., `Fast Approximate Natural Gradient Descent in a Kronecker-factored
       Eigenbasis <https://arxiv.org/abs/1806.03884>`_, 2018, for the diagonal in an
-      eigenbasis, there that of the factors of K-FAC
-
-      Gupta, Koren and Singer, `Shampoo <https://arxiv.org/abs/1802.09568>`_, 2018, and
-      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, for bases of every
-      axis and their orthogonal iteration, there from gradients
+      eigenbasis, there that of the factors of K-FAC; Gupta, Koren and Singer, `Shampoo
+      <https://arxiv.org/abs/1802.09568>`_, 2018, and Vyas et al., `SOAP
+      <https://arxiv.org/abs/2409.11321>`_, 2024, for bases of every axis and their
+      orthogonal iteration, there from gradients
     """
     check_float("decay", decay, 0.0, 1.0)
     check_int("max_dim", max_dim, 1)
@@ -132,13 +132,8 @@ def in_eigenbasis(
             "estimator must be gauss_newton(loss) with n_samples=1: the bases come from"
             f" the signs of its factor. Got {estimator!r}."
         )
-    return _InEigenbasis(
-        axis_name=inner.axis_name,
-        inner=inner,
-        decay=decay,
-        max_dim=max_dim,
-        n_vectors=n_vectors,
-    ).transformation
+    turned = _InEigenbasis(inner.axis_name, inner, decay, max_dim, n_vectors)
+    return turned.transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,11 +151,12 @@ class _InEigenbasis(Estimator):
 
     def init(self, params: optax.Params) -> EigenbasisState:
         bases = tuple(map(self._first_bases, jax.tree.leaves(params)))
-        return EigenbasisState(
-            estimator_state=self.inner.init(params),
-            products=tuple(map(_no_products, bases)),
-            bases=bases,
+        products = jax.tree.map(
+            lambda q: jnp.zeros_like(first_columns(q)),
+            bases,
+            is_leaf=lambda q: isinstance(q, Reflectors),
         )
+        return EigenbasisState(self.inner.init(params), products, bases)
 
     def value_and_grad(
         self, fun: Any, state: EigenbasisState, params: Any, **extra_args: Any
@@ -168,90 +164,65 @@ class _InEigenbasis(Estimator):
         value, grads, factor, inner_state = self.inner.value_and_grad(
             fun, state.estimator_state, params, **extra_args
         )
-        return value, grads, *self._diag_in_bases(factor, state, inner_state)
-
-    def _diag_in_bases(
-        self, factor: optax.Updates, state: EigenbasisState, inner_state: Any
-    ) -> tuple[optax.Updates, EigenbasisState]:
         leaves, treedef = jax.tree.flatten(factor)
         # Bases of earlier factors only: in those fitted to this one, its square would
         # be too large along the first vectors and too small along the others.
-        bases = tuple(map(_turned, state.bases, state.products))
-        products = tuple(
-            _moved(*x, self.decay)
-            for x in zip(state.products, state.bases, bases, leaves, strict=True)
-        )
-        diag = [
+        bases = jax.tree.map(_turned, state.products, state.bases)
+        each = zip(state.products, state.bases, bases, leaves, strict=True)
+        products = tuple(_moved(*x, self.decay) for x in each)
+        squares = [
             jnp.square(rotate(g, q)).astype(g.dtype) if is_differentiable(g) else g
             for g, q in zip(leaves, bases, strict=True)
         ]
-        return jax.tree.unflatten(treedef, diag), EigenbasisState(
-            inner_state, products, bases
-        )
+        diag = jax.tree.unflatten(treedef, squares)
+        return value, grads, diag, EigenbasisState(inner_state, products, bases)
 
     def _first_bases(self, leaf: Any) -> Bases:
         if not is_differentiable(leaf):
             return ()
-        dtype, shape = accumulation_dtype(leaf), jnp.shape(leaf)
-        return tuple(
-            _first_basis(n, self.max_dim, self.n_vectors, dtype) for n in shape
-        )
+        dtype = accumulation_dtype(leaf)
+        return tuple(self._first_basis(n, dtype) for n in jnp.shape(leaf))
+
+    def _first_basis(self, n: int, dtype: Any) -> Orthogonal | None:
+        if 1 < n <= max(self.max_dim, self.n_vectors):
+            return jnp.eye(n, dtype=dtype)
+        if n <= self.max_dim or self.n_vectors == 0:
+            return None
+        # Cosines: unlike an entry's own axis, none is without curvature where pixels at
+        # the edge of every image are black, and would stay so.
+        i, j = jnp.arange(n, dtype=dtype), jnp.arange(self.n_vectors, dtype=dtype)
+        return orthogonal_from_columns(jnp.cos(jnp.pi / n * (i[:, None] + 0.5) * j))
 
 
 def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
     """Return the bases of each parameter, none where the estimator has none."""
-
-    def is_ours(x: Any) -> bool:
-        return isinstance(x, EigenbasisState)
-
-    for x in jax.tree.leaves(estimator_state, is_leaf=is_ours):
-        if is_ours(x):
-            return x.bases
-    return ((),) * n_leaves
+    parts = jax.tree.leaves(
+        estimator_state, is_leaf=lambda x: isinstance(x, EigenbasisState)
+    )
+    bases = [x.bases for x in parts if isinstance(x, EigenbasisState)]
+    return bases[0] if bases else ((),) * n_leaves
 
 
-def _first_basis(n: int, max_dim: int, n_vectors: int, dtype: Any) -> Orthogonal | None:
-    if 1 < n <= max(max_dim, n_vectors):
-        return jnp.eye(n, dtype=dtype)
-    if n <= max_dim or n_vectors == 0:
-        return None
-    # Cosines: unlike an entry's own axis, none is without curvature where pixels at the
-    # edge of every image are black, and would stay so.
-    i, j = jnp.arange(n, dtype=dtype), jnp.arange(n_vectors, dtype=dtype)
-    return orthogonal_from_columns(jnp.cos(jnp.pi / n * (i[:, None] + 0.5) * j))
-
-
-def _no_products(bases: Bases) -> Products:
-    return tuple(None if q is None else jnp.zeros_like(first_columns(q)) for q in bases)
-
-
-def _turned(bases: Bases, products: Products) -> Bases:
-    """Turn bases towards the eigenvectors, by one step of orthogonal iteration."""
-
-    def one(basis: Orthogonal | None, product: Array | None) -> Orthogonal | None:
-        if basis is None or product is None:
-            return None
-        largest = jnp.max(jnp.abs(product))
-        relative = product / jnp.where(largest > 0, largest, 1)
-        # The second term keeps vectors without curvature where they are, well above the
-        # rounding errors of the first.
-        kept = float(jnp.finfo(product.dtype).eps) ** 0.5
-        return orthogonal_from_columns(relative + kept * first_columns(basis))
-
-    return tuple(map(one, bases, products))
+def _turned(product: Array, basis: Orthogonal) -> Orthogonal:
+    """Turn a basis towards the eigenvectors, by one step of orthogonal iteration."""
+    largest = jnp.max(jnp.abs(product))
+    relative = product / jnp.where(largest > 0, largest, 1)
+    # The second term keeps vectors without curvature where they are, well above the
+    # rounding errors of the first.
+    kept = float(jnp.finfo(product.dtype).eps) ** 0.5
+    return orthogonal_from_columns(relative + kept * first_columns(basis))
 
 
 def _moved(
     products: Products, old_bases: Bases, bases: Bases, factor: Array, decay: Any
 ) -> Products:
     """Take products to new bases, and average in a factor's, if that is finite."""
-    if all(q is None for q in bases):
+    if all(product is None for product in products):
         return products
     factor, _ = gathered(factor)
 
-    def one(axis: int) -> Array | None:
-        old, new, product = old_bases[axis], bases[axis], products[axis]
-        if old is None or new is None or product is None:
+    def one(axis: int, product: Any, old: Any, new: Any) -> Array | None:
+        if product is None:
             return None
         q, g = first_columns(new), factor.astype(product.dtype)
         others = [a for a in range(g.ndim) if a != axis]
@@ -266,4 +237,4 @@ def _moved(
         moved = ema(decay, fresh, carried)
         return jnp.where(jnp.all(jnp.isfinite(fresh)), moved, carried)
 
-    return tuple(one(axis) for axis in range(len(bases)))
+    return tuple(map(one, range(len(bases)), products, old_bases, bases))

@@ -48,16 +48,15 @@ def gauss_newton(
     signs: a relative error of at most :math:`\sqrt{2}` whatever the network, where
     Hutchinson's estimator has 4 to 15 on networks of a few thousand parameters and 11
     to 46 at 200,000 (``benchmarks/estimator_accuracy.py``). For networks that are
-    piecewise linear in each parameter separately (ReLU, max-pooling, no
-    normalisation), diag G is the Hessian's diagonal exactly.
+    piecewise linear in each parameter separately (ReLU, max-pooling, no normalisation),
+    diag G is the Hessian's diagonal exactly.
 
     The cost of a sample is one pullback of the outputs, two thirds of a gradient, where
     a gradient of the same batch is computed in the same ``jit`` and shares the forward
     pass; no Jacobian is formed, and the extra memory is that of one array of outputs.
 
     Args:
-      loss: the loss that the network is trained with, from
-        :mod:`adahessian_jax.losses`.
+      loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
       n_samples: how many estimates are averaged, at least 1.
       seed: an int or a PRNG key, typed or raw.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
@@ -66,10 +65,10 @@ def gauss_newton(
 
     Returns:
       A transformation. ``update(updates, state, params, predict_fn=h)`` ignores the
-      updates and returns the estimate at ``params``, of the structure, shapes and
-      dtypes of ``params``, and the new state. ``h`` maps parameters to the outputs, or
-      to ``(outputs, where)`` with the mask or weights that the loss has. A loss whose
-      curvature depends on labels needs ``labels=y`` as well.
+      updates and returns the estimate at ``params``, of their structure, shapes and
+      dtypes, and the new state. ``h`` maps parameters to the outputs, or to ``(outputs,
+      where)`` with the loss's mask or weights. A loss whose curvature depends on labels
+      needs ``labels=y`` as well.
 
     Raises:
       ValueError: if an argument is out of range; at update, if ``params``,
@@ -92,18 +91,15 @@ def gauss_newton(
 
     References:
       Martens, `New insights and perspectives on the natural gradient method
-      <https://arxiv.org/abs/1412.1193>`_, 2020, section 8
-
-      Martens, Sutskever and Swersky, `Estimating the Hessian by Back-propagating
-      Curvature <https://arxiv.org/abs/1206.6464>`_, 2012
+      <https://arxiv.org/abs/1412.1193>`_, 2020, section 8; Martens, Sutskever and
+      Swersky, `Estimating the Hessian by Back-propagating Curvature
+      <https://arxiv.org/abs/1206.6464>`_, 2012
     """
     check_loss(loss)
     checks.check_int("n_samples", n_samples, 1)
     checks.check_seed(seed)
     checks.check_axis_name(axis_name)
-    return _GaussNewton(
-        axis_name=axis_name, of=loss, n_samples=n_samples, seed=seed
-    ).transformation
+    return _GaussNewton(axis_name, loss, n_samples, seed).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,28 +125,17 @@ class _GaussNewton(Estimator):
         return GaussNewtonState(as_key(self.seed))
 
     def value_and_grad(
-        self,
-        fun: Any,
-        state: GaussNewtonState,
-        params: optax.Params,
-        *,
-        predict_fn: Any = None,
-        labels: Any = None,
-        **extra_args: Any,
+        self, fun: Any, state: GaussNewtonState, params: Any, **extra_args: Any
     ) -> tuple[Any, Any, optax.Updates, GaussNewtonState]:
-        del extra_args
+        predict_fn, labels = extra_args.get("predict_fn"), extra_args.get("labels")
+        axis, n = self.axis_name, self.n_samples
         key, subkey = jax.random.split(state.key)
-        keys = jax.random.split(axis_key(subkey, self.axis_name), self.n_samples)
-        model = linearize(fun, predict_fn, as_varying(params, self.axis_name))
+        keys = jax.random.split(axis_key(subkey, axis), n)
+        model = linearize(fun, predict_fn, as_varying(params, axis))
         grads = None if fun is None else model.as_params(model.gradient())
-        samples = [
-            gauss_newton_factor(key, self.of, model, labels, self.axis_name)
-            for key in keys
-        ]
+        samples = [gauss_newton_factor(k, self.of, model, labels, axis) for k in keys]
         if self.squared:
             samples = [[jnp.square(wide(g)) for g in sample] for sample in samples]
-        mean = [
-            sum(x[1:], start=x[0]) / self.n_samples for x in zip(*samples, strict=True)
-        ]
-        diag = model.as_params(sum_over_axis(mean, self.axis_name))
+        mean = [sum(x[1:], start=x[0]) / n for x in zip(*samples, strict=True)]
+        diag = model.as_params(sum_over_axis(mean, axis))
         return model.value, grads, diag, GaussNewtonState(key)

@@ -2,6 +2,7 @@
 """Hutchinson's estimator of the Hessian's diagonal."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,12 +64,9 @@ def hutchinson(
     the Hessian's *row norms* :math:`(\sum_j H_{ij}^2)^{1/2}` rather than of its
     diagonal. A less noisy estimate is a smaller denominator: lower the learning rate.
 
-    The result is an ``optax.GradientTransformationExtraArgs`` whose ``update`` returns
-    the diagonal in place of the updates, so it serves as ``estimator`` of
-    :func:`adahessian_jax.scale_by_adahessian` and as ``hessian_diagonal_fn`` of
-    ``optax.contrib.sophia``. Each sample costs one Hessian-vector product, about two
-    gradients in time (its forward pass is shared with a gradient computed in the same
-    ``jit``), and the memory of a second set of activations.
+    Each sample costs one Hessian-vector product, about two gradients in time (its
+    forward pass is shared with a gradient computed in the same ``jit``), and the memory
+    of a second set of activations.
 
     Args:
       n_samples: how many probes are averaged, at least 1.
@@ -80,17 +78,17 @@ def hutchinson(
       seed: an int or a PRNG key, typed or raw, from which all probes follow.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. Each device then draws probes of its own and the estimates are
-        averaged over the axis, which has a smaller variance than the same probe on
-        all devices.
+        averaged, which has a smaller variance than the same probe on all devices.
       unroll: how several samples are compiled: True, one after the other; False, the
-        first and a ``jax.lax.scan`` over the rest, which compiles faster. Both need
-        the memory of one sample. None unrolls up to 8 samples. On CPU convolutions are
-        an order of magnitude slower inside a loop.
+        first and a ``jax.lax.scan`` over the rest, which compiles faster; None unrolls
+        up to 8. Either needs the memory of one sample. On CPU convolutions are an order
+        of magnitude slower inside a loop.
 
     Returns:
-      A transformation. ``update(updates, state, params, obj_fn=f)`` ignores the
-      updates and returns the estimate for ``f`` at ``params``, of the structure,
-      shapes and dtypes of ``params``, and the new state.
+      A transformation, for ``estimator`` of :func:`adahessian_jax.scale_by_adahessian`
+      and ``hessian_diagonal_fn`` of ``optax.contrib.sophia``. ``update(updates, state,
+      params, obj_fn=f)`` ignores the updates and returns the estimate for ``f`` at
+      ``params``, of the structure, shapes and dtypes of ``params``, and the new state.
 
     Raises:
       ValueError: if ``n_samples`` < 1 or ``probe`` or ``mode`` is unknown; at update,
@@ -111,41 +109,27 @@ def hutchinson(
 
     References:
       Bekas, Kokiopoulou and Saad, `An estimator for the diagonal of a matrix
-      <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007, equation 3
-
-      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
-      <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.1
+      <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007, equation 3; Yao et al.,
+      `ADAHESSIAN <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.1
     """
     checks.check_int("n_samples", n_samples, 1)
     check_mode(mode)
+    draw: Any = probe
     if isinstance(probe, str):
         checks.check_choice("probe", probe, _PROBES)
         draw = _PROBES[probe]
-    elif callable(probe):
-        draw = probe
-    else:
-        raise TypeError(
-            "probe must be 'rademacher', 'normal' or a callable (key, params) ->"
-            f" probes, got {probe!r}."
-        )
-    if not isinstance(control_variate, ControlVariate | None):
-        raise TypeError(
-            "control_variate must be None or a ControlVariate, as ema_control()"
-            f" returns, got {control_variate!r}."
-        )
+    rule = "'rademacher', 'normal' or a callable (key, params) -> probes"
+    checks.require(callable(draw), TypeError, "probe", rule, probe)
+    known = isinstance(control_variate, ControlVariate | None)
+    rule = "None or a ControlVariate, as ema_control() returns"
+    checks.require(known, TypeError, "control_variate", rule, control_variate)
     checks.check_seed(seed)
     checks.check_axis_name(axis_name)
-    if unroll is not None:
-        checks.check_flag("unroll", unroll)
-
+    if unroll is None:
+        unroll = n_samples <= 8
+    checks.check_flag("unroll", unroll)
     return _Hutchinson(
-        axis_name=axis_name,
-        n_samples=n_samples,
-        draw=draw,
-        mode=mode,
-        control_variate=control_variate,
-        seed=seed,
-        unroll=n_samples <= 8 if unroll is None else unroll,
+        axis_name, n_samples, draw, mode, control_variate, seed, unroll
     ).transformation
 
 
@@ -167,42 +151,33 @@ class _Hutchinson(Estimator):
     def init(self, params: optax.Params) -> HutchinsonState:
         checks.check_real("params", params)
         control = self.control_variate
-        return HutchinsonState(
-            key=as_key(self.seed),
-            control_variate=() if control is None else control.init(params),
-        )
+        known = () if control is None else control.init(params)
+        return HutchinsonState(as_key(self.seed), known)
 
     def value_and_grad(
-        self,
-        fun: Any,
-        state: HutchinsonState,
-        params: optax.Params,
-        *,
-        obj_fn: Any = None,
-        **extra_args: Any,
+        self, fun: Any, state: HutchinsonState, params: Any, **extra_args: Any
     ) -> tuple[Any, Any, optax.Updates, HutchinsonState]:
+        obj_fn = extra_args.pop("obj_fn", None)
         if fun is not None and self.loss is not None:
             extra_args["loss_fn"] = fun
         elif fun is None and obj_fn is not None:
             fun = _with_no_aux(obj_fn, params)
         key, subkey = jax.random.split(state.key)
         params = as_varying(params, self.axis_name)
+        sample = functools.partial(self._sample, fun, params, extra_args)
 
         def add_sample(carry: tuple[Any, Any], key: Array) -> tuple[Any, None]:
             total, cv_state = carry
             key = after(key, total, otherwise=subkey) if self.unroll else key
-            _, d, cv_state = self._sample(key, cv_state, fun, params, extra_args)
+            _, d, cv_state = sample(key, cv_state)
             return (jax.tree.map(_add, total, d), cv_state), None
 
         keys = jax.random.split(axis_key(subkey, self.axis_name), self.n_samples)
-        first_pass, total, cv_state = self._sample(
-            keys[0], state.control_variate, fun, params, extra_args
-        )
+        first_pass, total, cv_state = sample(keys[0], state.control_variate)
         if self.n_samples > 1:
-            total = jax.tree.map(_widened, total)
-            (total, cv_state), _ = scan(
-                add_sample, (total, cv_state), keys[1:], unroll=self.unroll
-            )
+            carry = jax.tree.map(_widened, total), cv_state
+            carry, _ = scan(add_sample, carry, keys[1:], unroll=self.unroll)
+            total, cv_state = carry
 
         def mean(d: Array, p: Array) -> Array:
             return (d / self.n_samples).astype(p.dtype) if is_differentiable(d) else d
@@ -212,7 +187,7 @@ class _Hutchinson(Estimator):
         return *first_pass, materialized(key, diag), state
 
     def _sample(
-        self, key: Array, cv_state: Any, fun: Any, params: Any, extra_args: Any
+        self, fun: Any, params: Any, extra_args: Any, key: Array, cv_state: Any
     ) -> tuple[Any, optax.Updates, Any]:
         """Return value and gradient, one sample, and the control variate's state."""
         z = self.draw(key, params)
@@ -231,14 +206,10 @@ class _Hutchinson(Estimator):
         if self.control_variate is None:
             diag = multiply(z, product())
         else:
+            own_key = jax.random.fold_in(key, 1)
+            given = {"params": params, "key": own_key, "axis_name": self.axis_name}
             diag, cv_state = self.control_variate.correct(
-                cv_state,
-                z,
-                product,
-                params=params,
-                key=jax.random.fold_in(key, 1),
-                axis_name=self.axis_name,
-                **extra_args,
+                cv_state, z, product, **given, **extra_args
             )
         return passes[0], diag, cv_state
 

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src.axes import AxisName, axis_size, mean_over_axis
+from adahessian_jax._src.axes import axis_size, mean_over_axis
 from adahessian_jax._src.checks import check_float, check_int
 from adahessian_jax._src.derivatives import Floats, split_differentiable, squared_norm
 from adahessian_jax._src.dtypes import accumulation_dtype
@@ -23,9 +23,8 @@ class LowRankState(NamedTuple):
       basis: orthonormal directions :math:`q_i`, zero where there is none yet; the
         structure of the parameters, with a leading axis of size ``rank``.
       lengths: of the tracked products along them, shape (rank,).
-      moments: moving averages of :math:`(q_i \cdot Hz)(q_j \cdot z)`, of
-        :math:`(q_i \cdot Hz)(q_j \cdot Hz)` and of :math:`(q_i \cdot z)(q_j \cdot
-        z)`, shape (3, rank, rank).
+      moments: moving averages of :math:`(q_i \cdot Hz)(q_j \cdot z)`, :math:`(q_i
+        \cdot Hz)(q_j \cdot Hz)`, :math:`(q_i \cdot z)(q_j \cdot z)`: (3, rank, rank).
       weight: sum of the weights of the samples in these averages, shape ().
       squared_weight: sum of their squares, shape ().
     """
@@ -41,20 +40,20 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
     r"""Use a low-rank approximation of the Hessian as control variate.
 
     The products :math:`y = H z` that Hutchinson's estimator computes anyway point to
-    the Hessian's dominant eigenvectors. From those of the past a basis Q of ``rank``
+    the Hessian's dominant eigenvectors. From past ones, a basis Q of ``rank``
     orthonormal directions and eigenvalues :math:`\Lambda` are tracked, and
 
     .. math::
       d = z \odot (y - Q \Lambda Q^\top z) + \mathrm{diag}(Q \Lambda Q^\top)
 
     has the mean diag H, because Q and :math:`\Lambda` do not depend on this z. Its
-    variance is that of plain Hutchinson for :math:`H - Q \Lambda Q^\top`, which is
-    smaller where a few eigenvalues dominate. No further products are needed. The gain
-    is limited by how much the Hessian differs between batches: 2 to 19 times on a fixed
-    batch and 1.7 to 5 on changing batches of 128, on networks of a few thousand
-    parameters, and none on a transformer of 240,000
-    (``benchmarks/estimator_accuracy.py``). Larger batches differ less: with 512 it is 7
-    to 8 times where it was 1.4 to 3.4 with 128 (``benchmarks/control_variates.py``).
+    variance is that of plain Hutchinson for :math:`H - Q \Lambda Q^\top`, smaller where
+    a few eigenvalues dominate. No further products are needed. The gain is limited by
+    how much the Hessian differs between batches: 2 to 19 times on a fixed batch and 1.7
+    to 5 on changing batches of 128, on networks of a few thousand parameters, and none
+    on a transformer of 240,000 (``benchmarks/estimator_accuracy.py``). With batches of
+    512 it is 7 to 8 times where it was 1.4 to 3.4 with 128
+    (``benchmarks/control_variates.py``).
 
     The basis is the one of largest weight in :math:`B \leftarrow [\sqrt{\rho} B,
     \sqrt{1 - \rho} y]`, from the eigenvectors of its Gram matrix, with :math:`\rho` the
@@ -65,8 +64,7 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
       \hat\lambda_i}{\hat\lambda_i^2} \right), \qquad
       \hat\lambda_i = \frac{\mathrm{EMA}[(q_i \cdot y)(q_i \cdot z)]}
       {\mathrm{EMA}[(q_i \cdot z)^2]}, \qquad
-      \mathrm{Var}\, \hat\lambda_i \approx \frac{\|H q_i\|^2 + \hat\lambda_i^2}
-      {n_i}
+      \mathrm{Var}\, \hat\lambda_i \approx \frac{\|H q_i\|^2 + \hat\lambda_i^2}{n_i}
 
     where :math:`\|H q_i\|^2 \approx \mathrm{EMA}[(q_i \cdot y)^2] / \mathrm{EMA}[(q_i
     \cdot z)^2]` and :math:`n_i` is the effective number of samples in the averages. The
@@ -96,10 +94,10 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
       >>> estimator.init({"w": jnp.ones(5)}).control_variate.basis["w"].shape
       (2, 5)
 
-    .. note::
-      This is our own construction; sketching the range of a matrix to remove its
-      dominant part from a stochastic estimate is the idea of Meyer et al., `Hutch++
-      <https://arxiv.org/abs/2010.09649>`_, 2021, here spread over training steps.
+    References:
+      Meyer et al., `Hutch++ <https://arxiv.org/abs/2010.09649>`_, 2021, for taking a
+      matrix's dominant part, found by a sketch of its range, out of a stochastic
+      estimate; to spread that over training steps is our own construction
     """
     check_int("rank", rank, 1)
     check_float("decay", decay, 0.0, 1.0)
@@ -117,30 +115,19 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
             # Sharded like x.
             return jnp.broadcast_to(jnp.zeros_like(x), (rank, *jnp.shape(x)))
 
-        return LowRankState(
-            basis=jax.tree.map(stacked, params),
-            lengths=jnp.zeros(rank, dtype),
-            moments=jnp.zeros((3, rank, rank), dtype),
-            weight=jnp.zeros((), dtype),
-            squared_weight=jnp.zeros((), dtype),
-        )
+        shapes = (rank,), (3, rank, rank), (), ()
+        zeros = (jnp.zeros(shape, dtype) for shape in shapes)
+        return LowRankState(jax.tree.map(stacked, params), *zeros)
 
     def correct(
-        state: LowRankState,
-        probes: optax.Updates,
-        product: Product,
-        *,
-        axis_name: AxisName,
-        **extra_args: Any,
+        state: LowRankState, probes: Any, product: Product, *, axis_name: Any, **_: Any
     ) -> tuple[optax.Updates, LowRankState]:
-        del extra_args
         z, rebuild = split_differentiable(probes)
         y, _ = split_differentiable(product(), probes)
         raw_y, y = y, _finite_part(y)
         q, rebuild_basis = split_differentiable(state.basis)
         dtype = state.lengths.dtype
         qz, qy = _dots(q, z, state.lengths), _dots(q, y, state.lengths)
-
         eigenvalues = _eigenvalues(state)
 
         def estimate(z: Array, y: Array, q: Array) -> Array:
@@ -155,8 +142,7 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
         # Each device has samples of its own, but all go on from the same state. The
         # mean of n independent products is as long as one of them over sqrt(n).
         n_devices = axis_size(axis_name)
-        pairs = (qy, qz), (qy, qy), (qz, qz)
-        outer = jnp.stack([jnp.outer(a, b) for a, b in pairs])
+        outer = jnp.stack([jnp.outer(qy, qz), jnp.outer(qy, qy), jnp.outer(qz, qz)])
         outer = mean_over_axis(outer, axis_name)
         if axis_name is not None:
             y = [n_devices**0.5 * a for a in mean_over_axis(y, axis_name)]
@@ -164,8 +150,7 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
 
         # B = Q diag(lengths) with a new column y: its Gram matrix is known from qy.
         rho = jnp.asarray(decay, dtype)
-        old = jnp.sqrt(rho) * state.lengths
-        new = jnp.sqrt(1 - rho)
+        old, new = jnp.sqrt(rho) * state.lengths, jnp.sqrt(1 - rho)
         cross = (old * new * qy)[:, None]
         corner = new**2 * squared_norm(y)[None, None]
         gram = jnp.block([[jnp.diag(old**2), cross], [cross.T, corner]])
@@ -175,12 +160,12 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
         lengths = jnp.sqrt(jnp.where(kept, values, 0))
         # Coefficients of the new directions in the old basis and y.
         scale = jnp.where(kept, 1 / jnp.where(kept, lengths, 1), 0)
-        in_basis = old[:, None] * vectors[:-1] * scale
+        in_basis = old[:, None] * vectors[:-1] * scale[None]
         in_y = new * vectors[-1] * scale
 
         def turn(q: Array, y: Array) -> Array:
             turned = jnp.tensordot(in_basis.T, q.astype(dtype), axes=1)
-            along_y = in_y.reshape(-1, *[1] * y.ndim) * y.astype(dtype)
+            along_y = in_y.reshape(-1, *[1] * y.ndim) * y.astype(dtype)[None]
             return (turned + along_y).astype(q.dtype)
 
         basis = [turn(*leaves) for leaves in zip(q, y, strict=True)]
@@ -232,7 +217,9 @@ def _dots(q: Floats, x: Floats, like: Array) -> Array:
     """Return the product of each direction of a basis with a vector."""
     # Not a matrix product, which JAX refuses where q is sharded by explicit types.
     products = [
-        jnp.sum(a.astype(like.dtype) * b.astype(like.dtype), axis=range(1, a.ndim))
+        jnp.sum(
+            a.astype(like.dtype) * b.astype(like.dtype)[None], axis=range(1, a.ndim)
+        )
         for a, b in zip(q, x, strict=True)
     ]
     return sum(products, start=jnp.zeros_like(like))
