@@ -11,7 +11,7 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.curvature_state import find_state
+from adahessian_jax._src.curvature_state import find_state, nodes_of_type
 from adahessian_jax._src.derivatives import split_differentiable, value_grad_and_hvp
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax._src.orthogonal import Bases, rotate
@@ -45,9 +45,9 @@ def hvp(
         - ``"reverse-over-reverse"``: ``jax.vjp`` of ``jax.grad``, for functions with
           no forward-mode rule (``jax.custom_vjp``). Takes more memory.
         - ``"finite-difference"``: a central difference of two gradients, for functions
-          whose gradient cannot be differentiated at all. The step is
-          :math:`\epsilon^{1/3} (1 + \|w\|) / \|v\|`, :math:`\epsilon` being the
-          rounding unit of the coarsest dtype among the parameters.
+          whose gradient cannot be differentiated at all, of step
+          :math:`\epsilon^{1/3} (1 + \|w\|) / \|v\|` with the rounding unit
+          :math:`\epsilon` of the coarsest dtype among the parameters.
 
     Returns:
       A pytree of the structure, shapes and dtypes of ``params``; zero at the leaves
@@ -69,17 +69,17 @@ def hvp(
       <https://doi.org/10.1162/neco.1994.6.1.147>`_, 1994
 
     .. note::
-      ``"finite-difference"`` is an approximation that no setting makes safe. Its error
-      is at best about :math:`\epsilon^{2/3}` relative to the gradient (1e-5 in float32,
-      several percent in bfloat16); where the function is only piecewise smooth (ReLU,
-      max-pooling), the two gradients straddle kinks and the difference measures those
-      instead, often many times the curvature. It costs two gradients.
+      ``"finite-difference"`` costs two gradients, and no setting makes it safe. Its
+      error is at best about :math:`\epsilon^{2/3}` relative to the gradient (1e-5 in
+      float32, several percent in bfloat16). Where the function is only piecewise smooth
+      (ReLU, max-pooling) it measures kinks, often many times the curvature.
     """
     checks.check_callable("fun", fun, "params -> loss")
-    checked = checks.scalar_function("fun", fun)
-    return value_grad_and_hvp(
-        lambda p: (checked(p), None), params, tangents, mode=mode
-    )[2]
+
+    def checked(params: optax.Params) -> tuple[Array, None]:
+        return checks.check_scalar("fun", fun(params)), None
+
+    return value_grad_and_hvp(checked, params, tangents, mode=mode)[2]
 
 
 def hessian_diag(
@@ -87,14 +87,12 @@ def hessian_diag(
 ) -> optax.Params:
     """Compute the exact diagonal of the Hessian, one Hessian-vector product per entry.
 
-    For small problems, tests and notebooks: the cost is that of as many
-    Hessian-vector products as there are parameters.
+    For small problems, tests and notebooks.
 
     Args:
       fun: maps parameters to a real scalar.
       params: any pytree of arrays. Integer and boolean leaves are held fixed.
-      chunk_size: how many products are computed at a time. The memory needed is that
-        of one product times this number.
+      chunk_size: how many products are computed at a time, each in memory of its own.
 
     Returns:
       A pytree of the structure, shapes and dtypes of ``params``; zero at the leaves
@@ -130,8 +128,7 @@ def hessian_diag(
         vector = [u.astype(x.dtype) for u, x in zip(units, floats, strict=True)]
         column = jax.jvp(gradient, (floats,), (vector,))[1]
         # Of all terms but one nothing is left, so that nothing is rounded.
-        chosen = zip(column, units, strict=True)
-        terms = (jnp.sum(c, where=u).astype(widest) for c, u in chosen)
+        terms = map(lambda c, u: jnp.sum(c, where=u).astype(widest), column, units)
         return sum(terms, start=jnp.zeros((), widest))
 
     if starts[-1] == 0:
@@ -151,8 +148,8 @@ def diagnostics(
 ) -> dict[str, Array]:
     r"""Summarise an optimizer's state, and what else is at hand, in scalars.
 
-    A pure function, to be called inside or outside ``jit``. It sorts each parameter
-    for the quantiles, so call it now and then rather than on every step.
+    A pure function, for inside or outside ``jit``. It sorts each parameter for the
+    quantiles, so call it now and then rather than on every step.
 
     Args:
       state: the state of an optimizer by curvature, alone or inside that of a chain.
@@ -167,19 +164,18 @@ def diagnostics(
 
       - ``"count"``, ``"refreshes"``: numbers of updates and of estimates so far.
       - ``"nonfinite"``: how many entries of estimates were left out of the average so
-        far because they were not finite. A count that grows says that the loss has
-        second derivatives that do not exist or overflow, though training goes on.
+        far because they were not finite. If it grows, the loss has second derivatives
+        that do not exist or overflow, though training goes on.
       - ``"trace"``, ``"negative_share"``: the sum of the estimate and the share of its
         entries below zero.
       - ``"relative_error"``, with two estimates a and b: :math:`\|a - b\| / \sqrt{2
         \langle a, b \rangle}`, which estimates the root mean square of
         :math:`\|a - d\| / \|d\|` for the true diagonal d; infinite if the two do not
         even agree in direction.
-      - ``"step_size/PATH/q"``, with updates: the quantiles q of 0.05,
-        0.5 and 0.95 of :math:`|u_i| / |m_i|` in each parameter, the step that a unit of
-        momentum takes there, learning rate included.
-      - ``"clipped_share"``, with updates and a threshold: the share of their entries
-        that lie at it.
+      - ``"step_size/PATH/q"``, with updates: the quantiles q of 0.05, 0.5 and 0.95 of
+        :math:`|u_i| / |m_i|` in each parameter, the step that a unit of momentum takes
+        there, learning rate included.
+      - ``"clipped_share"``, with updates and a threshold: their share that lies at it.
 
       With :func:`adahessian_jax.in_eigenbasis` all entries are those in the turned
       axes.
@@ -198,13 +194,13 @@ def diagnostics(
       >>> float(report["trace"]), float(report["negative_share"])
       (-2.0, 0.5)
     """
-    inner, mu = find_state(state), _find_mu(state)
+    inner, found = find_state(state), nodes_of_type(ScaleByAdaHessianState, state)
+    if not found:
+        raise ValueError("state must be that of the transformation, not a part of it.")
+    mu = found[0].mu
     bases = find_bases(inner.estimator_state, len(jax.tree.leaves(mu)))
-    report = {
-        "count": inner.count,
-        "refreshes": inner.refreshes,
-        "nonfinite": inner.nonfinite,
-    }
+    keys = ("count", "refreshes", "nonfinite")
+    report = {key: getattr(inner, key) for key in keys}
     if estimate is None:
         estimate = inner.estimate
     else:
@@ -243,21 +239,6 @@ def diagnostics(
     return report
 
 
-_QUANTILES = (0.05, 0.5, 0.95)
-
-
-def _find_mu(state: optax.OptState) -> optax.Updates:
-    """Return the average of the gradient beside that of the curvature."""
-
-    def is_ours(x: Any) -> bool:
-        return isinstance(x, ScaleByAdaHessianState)
-
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
-    if not found:
-        raise ValueError("state must be that of the transformation, not a part of it.")
-    return found[0].mu
-
-
 def _turned(tree: optax.Updates, bases: tuple[Bases, ...]) -> optax.Updates:
     leaves, treedef = jax.tree.flatten(tree)
     turned = [rotate(x, q) for x, q in zip(leaves, bases, strict=True)]
@@ -278,7 +259,7 @@ def _quantiles(name: str, tree: Any) -> dict[str, Array]:
         f"{name}/{_name(path)}/{q}": jnp.nanquantile(x, q)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
         if is_differentiable(x) and x.size
-        for q in _QUANTILES
+        for q in (0.05, 0.5, 0.95)
     }
 
 

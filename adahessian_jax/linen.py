@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Flax linen train state for optimizers that take extra arguments; needs Flax."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +45,8 @@ class TrainState(train_state.TrainState):
         Returns:
           The new train state.
         """
-
-        def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
-            # As it is: optax.MultiSteps takes them and does not say so by its type.
-            return self.tx.update(updates, state, params, **(extra_args or {}))
-
+        # As it is: optax.MultiSteps takes them and does not say so by its type.
+        update_fn = functools.partial(self.tx.update, **(extra_args or {}))
         bound = self.replace(tx=optax.GradientTransformation(self.tx.init, update_fn))
         updated = super(TrainState, bound).apply_gradients(grads=grads, **kwargs)
         return updated.replace(tx=self.tx)

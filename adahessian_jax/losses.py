@@ -44,14 +44,13 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
     """
     check_callable("loss", loss, "row -> scalar or (row, label) -> scalar")
 
-    def by_row(row_function: Callable[..., Any], *arrays: Any) -> Any:
-        function = row_function
+    def by_row(function: Any, labels: Any, *arrays: Array) -> Array:
         for _ in range(arrays[0].ndim - 1):
             function = jax.vmap(function)
-        return function(*arrays)
+        return function(*arrays) if labels is None else function(*arrays, labels)
 
     def factor(f: Array, signs: Array, labels: Any) -> Array:
-        h = by_row(jax.hessian(loss), f, *_given(labels))
+        h = by_row(jax.hessian(loss), labels, f)
         values, vectors = jnp.linalg.eigh(h)
         rounding = 100 * jnp.finfo(values.dtype).eps
         concave = values < -rounding * jnp.abs(values).max(axis=-1, keepdims=True)
@@ -64,17 +63,13 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
         def one(row: Array, u: Array, *label: Any) -> Array:
             return jax.jvp(lambda x: jax.grad(loss)(x, *label), (row,), (u,))[1]
 
-        return by_row(one, f, v, *_given(labels))
+        return by_row(one, labels, f, v)
 
-    return Loss(
-        name=_name("of_row", loss, name),
-        kind="row",
-        losses=lambda f, labels: by_row(loss, f, *_given(labels)),
-        factor=factor,
-        product=product,
-        needs_labels=_takes_labels(loss),
-        event_ndim=1,
-    )
+    def losses(f: Array, labels: Any) -> Array:
+        return by_row(loss, labels, f)
+
+    needs_labels, name = _takes_labels(loss), _name("of_row", loss, name)
+    return Loss(name, "row", losses, factor, product, needs_labels, event_ndim=1)
 
 
 def of_element(loss: Callable[..., Array], name: str | None = None) -> Loss:
@@ -100,27 +95,21 @@ def of_element(loss: Callable[..., Array], name: str | None = None) -> Loss:
     """
     check_callable("loss", loss, "output -> scalar or (output, label) -> scalar")
 
-    def each(function: Callable[..., Any], f: Array, labels: Any) -> Array:
-        flat = [x.ravel() for x in (f, *_given(labels))]
+    def each(function: Any, f: Array, labels: Any) -> Array:
+        flat = [x.ravel() for x in (f, labels) if x is not None]
         return jax.vmap(function)(*flat).reshape(f.shape)
-
-    def curvature(f: Array, labels: Any) -> Array:
-        return each(jax.grad(lambda x, *y: jax.grad(loss)(x, *y)), f, labels)
 
     return _elementwise(
         _name("of_element", loss, name),
         lambda f, labels: each(loss, f, labels),
-        curvature,
-        needs_labels=_takes_labels(loss),
+        lambda f, labels: each(jax.grad(jax.grad(loss)), f, labels),
+        _takes_labels(loss),
     )
 
 
-def _elementwise(
-    name: str,
-    losses: Callable[[Array, Any], Array],
-    curvature: Callable[[Array, Any], Array],
-    needs_labels: bool = False,
-) -> Loss:
+def _elementwise(name: str, losses: Any, curvature: Any, takes: bool = False) -> Loss:
+    """Make a loss of functions of outputs and labels to each output's."""
+
     def factor(f: Array, signs: Array, labels: Any) -> Array:
         h = curvature(f, labels)
         raise_if(jnp.any(h < 0), _NOT_CONVEX)
@@ -129,7 +118,7 @@ def _elementwise(
     def product(f: Array, v: Array, labels: Any) -> Array:
         return curvature(f, labels) * v
 
-    return Loss(name, "element", losses, factor, product, needs_labels)
+    return Loss(name, "element", losses, factor, product, takes)
 
 
 _NOT_CONVEX = (
@@ -144,40 +133,30 @@ def _softmax_losses(outputs: Array, labels: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
 
 
-def _softmax_factor(outputs: Array, signs: Array, labels: Any) -> Array:
-    del labels
+def _softmax_factor(outputs: Array, signs: Array, _: Any) -> Array:
     p = jax.nn.softmax(outputs, axis=-1)
     half = jnp.sqrt(p)
     return half * signs - p * jnp.sum(half * signs, axis=-1, keepdims=True)
 
 
-def _softmax_product(outputs: Array, v: Array, labels: Any) -> Array:
-    del labels
+def _softmax_product(outputs: Array, v: Array, _: Any) -> Array:
     p = jax.nn.softmax(outputs, axis=-1)
     return p * (v - jnp.sum(p * v, axis=-1, keepdims=True))
 
 
-def _given(labels: Any) -> tuple[Any, ...]:
-    return () if labels is None else (labels,)
-
-
-def _takes_labels(loss: Callable[..., Any]) -> bool:
+def _takes_labels(loss: Any) -> bool:
     parameters = inspect.signature(loss).parameters.values()
     required = [p for p in parameters if p.default is p.empty]
     return len([p for p in required if p.kind < p.VAR_POSITIONAL]) > 1
 
 
-def _name(kind: str, loss: Callable[..., Any], name: str | None) -> str:
+def _name(kind: str, loss: Any, name: str | None) -> str:
     return f"{kind}({name or getattr(loss, '__name__', repr(loss))})"
 
 
+_SOFTMAX = _softmax_losses, _softmax_factor, _softmax_product
 softmax_cross_entropy = Loss(
-    "softmax_cross_entropy",
-    "classes",
-    _softmax_losses,
-    _softmax_factor,
-    _softmax_product,
-    event_ndim=1,
+    "softmax_cross_entropy", "classes", *_SOFTMAX, event_ndim=1
 )
 sigmoid_binary_cross_entropy = _elementwise(
     "sigmoid_binary_cross_entropy",

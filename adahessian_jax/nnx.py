@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flax NNX modules as functions of their parameters; needs Flax 0.12."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +84,7 @@ def value_and_grad_with_curvature(
         that are the parameters.
       has_aux: whether ``loss_fn`` returns auxiliary values as well.
       microbatches: deal the batch out to so many parts, as there. Each begins with the
-        module as it is; its batch statistics become the mean of what the parts make
-        of them.
+        module as it is, whose batch statistics become the mean of the parts'.
       reduction: ``"mean"`` or ``"sum"`` over the parts, as there.
       unroll: compile the parts one after the other, as there.
 
@@ -113,20 +113,17 @@ def value_and_grad_with_curvature(
     """
     check_callable("loss_fn", loss_fn, "(model, *batch) -> loss")
     check_flag("has_aux", has_aux)
-    options: dict[str, Any] = {
-        "has_aux": True,
-        "microbatches": microbatches,
-        "reduction": reduction,
-        "unroll": unroll,
-    }
-    fused.value_and_grad_with_curvature(loss_fn, optax.identity(), **options)  # checks
+    make = functools.partial(
+        fused.value_and_grad_with_curvature,
+        has_aux=True,
+        microbatches=microbatches,
+        reduction=reduction,
+        unroll=unroll,
+    )
+    make(loss_fn, optax.identity())  # checks the options
 
     def value_and_grad_fn(
-        model: nnx.Module,
-        *batch: Any,
-        optimizer: nnx.Optimizer,
-        refresh: bool | None = None,
-        **extra_args: Any,
+        model: nnx.Module, *batch: Any, optimizer: nnx.Optimizer, **call: Any
     ) -> tuple[Any, optax.Updates, Any]:
         wrt = optimizer.wrt
         graphdef, params, rest = _split(model, wrt)
@@ -135,17 +132,11 @@ def value_and_grad_with_curvature(
             copy = nnx.merge(graphdef, params, rest)
             out = _called("loss_fn", loss_fn, copy, *batch)
             out, aux = out if has_aux else (out, None)
-            _, _, new_rest = _split(copy, wrt)
-            return out, (aux, new_rest)
+            return out, (aux, _split(copy, wrt)[2])
 
-        (value, (aux, new_rest)), grads, curvature = (
-            fused.value_and_grad_with_curvature(loss_and_rest, optimizer.tx, **options)(
-                params,
-                *batch,
-                state=nnx.as_pure(optimizer.opt_state),
-                refresh=refresh,
-                **extra_args,
-            )
+        call["state"] = nnx.as_pure(optimizer.opt_state)
+        (value, (aux, new_rest)), grads, curvature = make(loss_and_rest, optimizer.tx)(
+            params, *batch, **call
         )
         if microbatches > 1:
             new_rest = jax.tree.map(_of_parts, new_rest)

@@ -13,9 +13,9 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src.averaging_rule import AveragingRule, KeyPath
+from adahessian_jax._src.averaging_rule import KeyPath
 from adahessian_jax._src.axes import AxisName
-from adahessian_jax._src.checks import check_flag, check_int
+from adahessian_jax._src.checks import check_flag, check_int, require
 from adahessian_jax._src.curvature_average import CurvatureAverage
 from adahessian_jax.estimators.control_variates import ema_control
 from adahessian_jax.estimators.hutchinson import Probe, hutchinson
@@ -44,20 +44,25 @@ def paper(
     """AdaHessian of the paper and its official code, for images.
 
     Args:
-      lr: as for :func:`davda54`, and so are the others.
-      betas: as there.
-      eps: as there.
-      weight_decay: as there.
-      hessian_power: as there.
-      average_conv_kernel: the code always does.
-      is_conv: as there.
-      weight_decay_mask: as there.
-      probe: as there.
-      seed: as there.
-      axis_name: as there.
+      lr: learning rate, a number or a schedule.
+      betas: decay rates of the averages of gradient and squared curvature.
+      eps: added to the denominator.
+      weight_decay: decoupled weight decay.
+      hessian_power: exponent of the curvature.
+      average_conv_kernel: average the curvature's absolute values over the spatial axes
+        of convolution kernels, as the code does.
+      is_conv: which leaves are, see :func:`adahessian_jax.conv_spatial_average`.
+      weight_decay_mask: which parameters decay, as in ``optax.adamw``.
+      probe: as for :func:`adahessian_jax.hutchinson`, and so are the next two.
+      seed: an int or a PRNG key.
+      axis_name: of devices over which the batch is split.
 
     Returns:
       As :func:`davda54`.
+
+    Raises:
+      ValueError: if an argument is out of range.
+      TypeError: if an argument is of the wrong type.
 
     Examples:
       >>> import adahessian_jax as ah
@@ -67,18 +72,13 @@ def paper(
       Yao et al., `ADAHESSIAN <https://arxiv.org/abs/2006.00719>`_, 2021, and
       `amirgholami/adahessian <https://github.com/amirgholami/adahessian>`_
     """
-    return davda54(
-        lr,
-        betas,
-        eps,
-        weight_decay,
-        hessian_power,
-        average_conv_kernel=average_conv_kernel,
-        is_conv=is_conv,
-        weight_decay_mask=weight_decay_mask,
-        probe=probe,
-        seed=seed,
-        axis_name=axis_name,
+    check_flag("average_conv_kernel", average_conv_kernel)
+    averaging = conv_spatial_average(is_conv=is_conv) if average_conv_kernel else None
+    estimator = hutchinson(probe=probe, seed=seed, axis_name=axis_name)
+    return optax.chain(
+        _divide_by("rms", estimator, betas, eps, hessian_power, averaging=averaging),
+        decoupled_weight_decay(weight_decay, weight_decay_mask),
+        scale_by_rate(lr, "lr"),
     )
 
 
@@ -109,18 +109,16 @@ def davda54(
       update_each: estimate on every so many-th update, at least 1. In between the last
         estimate enters the average again.
       n_samples: how many probes an estimate averages, at least 1.
-      average_conv_kernel: average the curvature's absolute values over the spatial axes
-        of convolution kernels.
-      is_conv: which leaves are such kernels, see
+      average_conv_kernel: average absolute values over convolution kernels, as
         :func:`adahessian_jax.conv_spatial_average`.
+      is_conv: which leaves are such kernels, as there.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
       probe: as for :func:`adahessian_jax.hutchinson`.
       seed: an int or a PRNG key.
       axis_name: as for :func:`adahessian_jax.hutchinson`.
 
     Returns:
-      A transformation, whose ``update`` takes ``obj_fn`` as that of
-      :func:`adahessian_jax.adahessian` does.
+      A transformation, whose ``update`` takes ``obj_fn``, from parameters to the loss.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -135,20 +133,12 @@ def davda54(
     """
     check_int("update_each", update_each, 1)
     check_flag("average_conv_kernel", average_conv_kernel)
+    averaging = conv_spatial_average(is_conv=is_conv) if average_conv_kernel else None
+    estimator = hutchinson(n_samples, probe=probe, seed=seed, axis_name=axis_name)
     return optax.chain(
-        _divide_by(
-            "rms",
-            hutchinson(n_samples, probe=probe, seed=seed, axis_name=axis_name),
-            betas=betas,
-            eps=eps,
-            hessian_power=hessian_power,
-            update_each=update_each,
-            averaging=conv_spatial_average(is_conv=is_conv)
-            if average_conv_kernel
-            else None,
-        ),
+        _divide_by("rms", estimator, betas, eps, hessian_power, update_each, averaging),
         decoupled_weight_decay(weight_decay, weight_decay_mask),
-        scale_by_rate(lr),
+        scale_by_rate(lr, "lr"),
     )
 
 
@@ -184,8 +174,7 @@ def zack_dugue(
       axis_name: as for :func:`adahessian_jax.hutchinson`.
 
     Returns:
-      A transformation, whose ``update`` takes ``obj_fn`` as that of
-      :func:`adahessian_jax.adahessian` does.
+      A transformation, whose ``update`` takes ``obj_fn``, from parameters to the loss.
 
     Raises:
       ValueError: if an argument is out of range.
@@ -200,12 +189,9 @@ def zack_dugue(
     """
     check_int("mc_iters", mc_iters, 1)
     check_flag("control_variate", control_variate)
+    control = ema_control(unbiased=False) if control_variate else None
     estimator = hutchinson(
-        mc_iters,
-        probe=probe,
-        control_variate=ema_control(unbiased=False) if control_variate else None,
-        seed=seed,
-        axis_name=axis_name,
+        mc_iters, probe=probe, control_variate=control, seed=seed, axis_name=axis_name
     )
 
     def warm_up(count: Array) -> Array:
@@ -213,33 +199,24 @@ def zack_dugue(
         return (1 - jnp.asarray(betas[0], steps.dtype) ** steps) ** 2
 
     return optax.chain(
-        _divide_by("mean", estimator, betas=betas, eps=eps, hessian_power=0.5),
+        _divide_by("mean", estimator, betas, eps, 0.5),
         optax.scale_by_schedule(warm_up),
-        decoupled_weight_decay(wd, weight_decay_mask),
-        scale_by_rate(lr),
+        decoupled_weight_decay(wd, weight_decay_mask, "wd"),
+        scale_by_rate(lr, "lr"),
     )
 
 
 def _divide_by(
     hessian_ema: str,
-    estimator: optax.GradientTransformation,
-    *,
-    betas: Betas,
-    eps: ArrayLike,
-    hessian_power: ArrayLike,
+    estimator: Any,
+    betas: Any,
+    eps: Any,
+    hessian_power: Any,
     update_each: int = 1,
-    averaging: AveragingRule | None = None,
+    averaging: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    if not (isinstance(betas, tuple | list) and len(betas) == 2):
-        raise TypeError(f"betas must be a pair of decay rates, got {betas!r}.")
-    average = CurvatureAverage(
-        b2=betas[1],
-        hessian_ema=hessian_ema,
-        estimator=estimator,
-        update_interval=update_each,
-        initial_refreshes=0,
-        averaging=averaging,
-        nu_dtype=None,
-        reuse_estimate=True,
-    )
-    return divide_by(average, b1=betas[0], eps=eps, hessian_power=hessian_power)
+    is_pair = isinstance(betas, tuple | list) and len(betas) == 2
+    require(is_pair, TypeError, "betas", "a pair of decay rates", betas)
+    parts = betas[1], hessian_ema, estimator, update_each, 0, averaging, None
+    average = CurvatureAverage(*parts, reuse_estimate=True)
+    return divide_by(average, betas[0], eps, hessian_power)

@@ -210,10 +210,7 @@ CHECKS = {
 @pytest.mark.parametrize(
     "name", ["hutchinson_9", "low_rank", "control", "gauss_newton_2", "in_eigenbasis"]
 )
-def test_passes_the_checks_of_jax(name, check, request):
-    if (name, check) == ("low_rank", "rank promotion"):
-        reason = "products of tensors with a stack of them"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_passes_the_checks_of_jax(name, check):
     w = jnp.ones((3, 3))
     x = jnp.concatenate([X[:, :2], jnp.zeros((8, 1))], axis=1)  # no curvature in a row
 

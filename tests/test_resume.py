@@ -28,6 +28,7 @@ from tests.test_devices import (
     train,
 )
 
+PARAMS = jax.tree.map(jnp.asarray, PARAMS)  # of single precision
 AVERAGE = ah.block_average(0, 2, is_blocked=lambda path, x: x.ndim == 2)
 CASES = {
     "hutchinson": make_optimizer(
@@ -49,7 +50,7 @@ def through_checkpoint(path, tree, like):
 @pytest.mark.parametrize("name", CASES)
 def test_goes_on_bit_for_bit(name, tmp_path):
     """Cut after 6 of 11 steps, in the middle of a cycle of 4."""
-    tx, params = CASES[name], jax.tree.map(jnp.asarray, PARAMS)
+    tx, params = CASES[name], PARAMS
     step = jax.jit(make_step(tx, name, "fused"))
     halfway = train(step, params, tx.init(params), X, Y, 6)
     undisturbed = train(step, *halfway, X, Y, 5)
@@ -74,7 +75,7 @@ def test_goes_on_with_another_number_of_devices(tmp_path, x64):
 
         return jax.tree.map(put, tree)
 
-    params, x, y = jax.tree.map(jnp.asarray, (PARAMS, X, Y))
+    params, x, y = jax.tree.map(jnp.float64, (PARAMS, X, Y))
     with jax.threefry_partitionable(True):
         start = on(8, (params, tx.init(params)))
         halfway = train(step, *start, *on(8, (x, y)), 6)

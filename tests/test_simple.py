@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import adahessian_jax as ah
-from adahessian_jax import simple
+from docs import simple
 
 STEPS = 25  # with estimates on the first ten and on number 20
 CLASSES = 4

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 from adahessian_jax._src.dtypes import is_differentiable
 
@@ -17,6 +18,7 @@ AveragingRule = Callable[[KeyPath, Array], Array]
 
 
 def warn_if_unused(averaging: AveragingRule | None, params: optax.Params) -> None:
+    """Warn if a rule leaves all parameters as they are."""
     if averaging is None:
         return
     untouched = []
@@ -28,11 +30,11 @@ def warn_if_unused(averaging: AveragingRule | None, params: optax.Params) -> Non
 
     jax.eval_shape(lambda p: average(noting, p), params)
     if untouched and all(untouched):
-        first, _ = jax.tree_util.tree_leaves_with_path(params)[0]
+        first, _ = tree_leaves_with_path(params)[0]
         warnings.warn(
             f"averaging applies to none of the {len(untouched)} parameters, such as"
-            f" {jax.tree_util.keystr(first)}. Tell the rule which leaves are meant,"
-            " with is_conv= for conv_spatial_average.",
+            f" {keystr(first)}. Tell the rule which leaves are meant, with is_conv= for"
+            " conv_spatial_average.",
             stacklevel=4,
         )
 
@@ -47,16 +49,12 @@ def average(averaging: AveragingRule | None, diag: optax.Updates) -> optax.Updat
             return leaf
         averaged = averaging(path, leaf)
         shape = jnp.shape(averaged)
-        try:
-            fits = jnp.broadcast_shapes(shape, leaf.shape) == leaf.shape
-        except ValueError:
-            fits = False
-        if not fits:
+        pairs = zip(reversed(shape), reversed(leaf.shape), strict=False)
+        if len(shape) > leaf.ndim or any(n not in (1, size) for n, size in pairs):
             raise ValueError(
                 "averaging must return a leaf that broadcasts to the shape of the"
-                f" parameter, got {shape} for {jax.tree_util.keystr(path)} of shape"
-                f" {leaf.shape}."
+                f" parameter, got {shape} for {keystr(path)} of shape {leaf.shape}."
             )
         return averaged
 
-    return jax.tree_util.tree_map_with_path(one, diag)
+    return tree_map_with_path(one, diag)

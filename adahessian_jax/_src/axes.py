@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
 
 AxisName = str | tuple[str, ...] | None
 
@@ -43,9 +43,7 @@ def mean_over_axis(tree: Any, axis_name: AxisName) -> Any:
     """Average the floating-point leaves of a tree over an axis."""
     if axis_name is None:
         return tree
-    return jax.tree.map(
-        lambda x: jax.lax.pmean(x, axis_name) if is_differentiable(x) else x, tree
-    )
+    return map_floats(lambda x: jax.lax.pmean(x, axis_name), tree)
 
 
 def as_varying(tree: Any, axis_name: AxisName) -> Any:
@@ -59,21 +57,19 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     manual = jax.sharding.get_abstract_mesh().manual_axes  # none inside vmap
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     names = tuple(name for name in names if name in manual)
-    return jax.tree.map(lambda x: _vary(x, names) if is_differentiable(x) else x, tree)
+    return map_floats(lambda x: _vary(x, names), tree)
 
 
 def zeros_of_type(like: jax.ShapeDtypeStruct) -> Array:
     """Return zeros to add up in, cut and differing between devices as others are."""
     dtype = accumulation_dtype(like) if is_differentiable(like) else like.dtype
-    sharding = getattr(like, "sharding", None)
-    zeros = jnp.zeros(like.shape, dtype, device=sharding)
+    zeros = jnp.zeros(like.shape, dtype, device=getattr(like, "sharding", None))
     return _vary(zeros, tuple(_varying_axes(like)))
 
 
 def _vary(x: Any, names: tuple[str, ...]) -> Any:
     """Take an array for one that differs along the named axes of devices."""
-    known = _varying_axes(_type_of(x))
-    new = tuple(name for name in names if name not in known)
+    new = tuple(name for name in names if name not in _varying_axes(_type_of(x)))
     if not new:
         return x
     if hasattr(jax.lax, "pcast"):

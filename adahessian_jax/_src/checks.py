@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import checkify
+from jax.tree_util import keystr, tree_leaves_with_path
 
-from adahessian_jax._src.dtypes import dtype_of
+from adahessian_jax._src.dtypes import dtype_of, is_differentiable
 
 
 def require(ok: Any, error: type[Exception], name: str, rule: str, got: Any) -> None:
@@ -29,11 +30,8 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 
 
 def check_int(name: str, value: Any, minimum: int, *, traceable: bool = False) -> None:
-    """Raise unless ``value`` is an int, at least ``minimum``.
-
-    With ``traceable``, an integer array passes unchecked, because
-    ``optax.inject_hyperparams`` turns every int into one.
-    """
+    """Raise unless ``value`` is an int, at least ``minimum``."""
+    # optax.inject_hyperparams turns every int into an array.
     if traceable and _is_scalar_array(value, jnp.integer):
         return
     is_int = isinstance(value, int) and not isinstance(value, bool)
@@ -42,24 +40,18 @@ def check_int(name: str, value: Any, minimum: int, *, traceable: bool = False) -
 
 
 def check_float(
-    name: str,
-    value: Any,
-    minimum: float,
-    below: float = float("inf"),
-    *,
-    exclusive: bool = False,
+    name: str, value: Any, low: float, below: float = np.inf, *, exclusive: bool = False
 ) -> None:
-    """Raise unless a Python number lies in ``[minimum, below)``.
+    """Raise unless a Python number lies in ``[low, below)``, or in ``(low, below)``.
 
-    With ``exclusive``, the minimum itself is out of range. Scalar arrays pass
-    unchecked, so that hyperparameters stay traceable.
+    Scalar arrays pass unchecked, so that hyperparameters stay traceable.
     """
     if _is_scalar_array(value, jnp.number) and not isinstance(value, Real):
         return
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     require(is_number, TypeError, name, "a number or a scalar array", value)
-    above = value > minimum if exclusive else value >= minimum
-    rule = f"in {'(' if exclusive else '['}{minimum:g}, {below:g})"
+    above = value > low if exclusive else value >= low
+    rule = f"in {'(' if exclusive else '['}{low:g}, {below:g})"
     require(above and value < below, ValueError, name, rule, value)
 
 
@@ -71,7 +63,7 @@ def check_float_dtype(name: str, dtype: Any) -> Any:
     if isinstance(dtype, Array):  # as optax.inject_hyperparams makes of it
         rule += f" (in optax.inject_hyperparams pass static_args=({name!r},))"
     try:
-        kind = jnp.dtype(dtype)
+        kind = jnp.dtype(int if isinstance(dtype, Array) else dtype)
     except TypeError:
         kind = jnp.dtype(int)
     require(jnp.issubdtype(kind, jnp.floating), TypeError, name, rule, dtype)
@@ -91,7 +83,7 @@ def check_callable(name: str, value: Any, signature: str) -> None:
 def check_mask(name: str, mask: Any) -> None:
     """Raise TypeError unless ``mask`` is None, a function or a tree of bools."""
     rule = "None, a tree of bools or a callable params -> such a tree"
-    for leaf in [] if callable(mask) else jax.tree.leaves(mask):
+    for leaf in () if callable(mask) else jax.tree.leaves(mask):
         require(isinstance(leaf, bool | np.bool_), TypeError, name, rule, leaf)
 
 
@@ -116,14 +108,22 @@ def check_axis_name(axis_name: Any) -> None:
 def check_seed(seed: Any) -> None:
     """Raise TypeError unless ``seed`` is an int or a PRNG key."""
     ok = _is_key(seed) or (isinstance(seed, int) and not isinstance(seed, bool))
-    rule = "an int or one PRNG key, from jax.random.key(0) for example"
-    require(ok, TypeError, "seed", rule, seed)
+    require(ok, TypeError, "seed", f"an int or {_A_KEY}", seed)
 
 
 def check_key(key: Any) -> None:
     """Raise TypeError unless ``key`` is one PRNG key, typed or raw."""
-    rule = "one PRNG key, from jax.random.key(0) for example"
-    require(_is_key(key), TypeError, "key", rule, key)
+    require(_is_key(key), TypeError, "key", _A_KEY, key)
+
+
+_A_KEY = "one PRNG key, from jax.random.key(0) for example"
+
+
+def _is_key(key: Any) -> bool:
+    if not isinstance(key, Array | np.ndarray):
+        return False
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == 0 if typed else key.dtype == jnp.uint32 and key.ndim == 1
 
 
 def check_params(params: Any) -> None:
@@ -142,18 +142,16 @@ def check_params(params: Any) -> None:
 
 def check_real(name: str, tree: Any) -> None:
     """Raise TypeError if a leaf is complex or no number at all, naming its path."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not hasattr(leaf, "dtype") and not isinstance(leaf, Number):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} must be an array or a number, got"
-                f" {leaf!r}."
-            )
+    for path, leaf in tree_leaves_with_path(tree):
+        full_name = name + keystr(path)
+        is_number = hasattr(leaf, "dtype") or isinstance(leaf, Number)
+        require(is_number, TypeError, full_name, "an array or a number", leaf)
         if jnp.issubdtype(dtype_of(leaf), jnp.complexfloating):
             raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} has dtype {dtype_of(leaf)}: the"
-                " Hessian's diagonal is defined for real parameters only. Make real and"
-                " imaginary parts parameters, and complex numbers of them in the loss,"
-                " by jax.lax.complex."
+                f"{full_name} has dtype {dtype_of(leaf)}: the Hessian's diagonal is"
+                " defined for real parameters only. Make real and imaginary parts"
+                " parameters, and complex numbers of them in the loss, by"
+                " jax.lax.complex."
             )
 
 
@@ -161,26 +159,31 @@ def check_structure(name: str, tree: Any, params: Any) -> None:
     """Raise ValueError unless ``tree`` has the structure of ``params``."""
     got: Any = jax.tree.structure(tree)
     expected: Any = jax.tree.structure(params)
-    if got != expected:
-        raise ValueError(
-            f"{name} must have the same tree structure as params."
-            f"{_first_difference(tree, params)} Got {got}, where params has"
-            f" {expected}. Inside optax.masked or"
-            " optax.partition, pass mask_compatible_extra_args=True to the wrapper."
-        )
+    if got == expected:
+        return
+    paths, others = (
+        {keystr(path) for path, _ in tree_leaves_with_path(t)} for t in (params, tree)
+    )
+    first = "".join(
+        f" The leaf {path} is {'missing' if path in paths else 'not a parameter'}."
+        for path in sorted(paths ^ others)[:1]
+    )
+    raise ValueError(
+        f"{name} must have the same tree structure as params.{first} Got {got}, where"
+        f" params has {expected}. Inside optax.masked or optax.partition, pass"
+        " mask_compatible_extra_args=True to the wrapper."
+    )
 
 
 def check_like(name: str, tree: Any, params: Any) -> None:
     """Raise ValueError unless ``tree`` has the structure and shapes of ``params``."""
     check_structure(name, tree, params)
-    leaves = jax.tree.leaves(tree)
-    for (path, leaf), other in zip(
-        jax.tree_util.tree_leaves_with_path(params), leaves, strict=True
-    ):
-        if jnp.shape(other) != jnp.shape(leaf):
+    shapes = map(jnp.shape, jax.tree.leaves(tree))
+    for (path, leaf), shape in zip(tree_leaves_with_path(params), shapes, strict=True):
+        if shape != jnp.shape(leaf):
             raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} must have the shape of the"
-                f" parameter, {jnp.shape(leaf)}, got {jnp.shape(other)}."
+                f"{name}{keystr(path)} must have the shape of the parameter,"
+                f" {jnp.shape(leaf)}, got {shape}."
             )
 
 
@@ -202,7 +205,7 @@ def check_scalar(name: str, value: Any) -> Array:
             f"{name} must return a scalar, got an array of shape {jnp.shape(value)}."
             " Reduce the losses of the examples first, with jnp.mean for example."
         )
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+    if not is_differentiable(value):
         raise TypeError(
             f"{name} must return a real floating-point loss, got dtype {value.dtype}."
         )
@@ -223,24 +226,6 @@ def raise_if(wrong: Array, message: str) -> None:
         raise ValueError(message)
 
 
-def _is_key(key: Any) -> bool:
-    if not isinstance(key, Array | np.ndarray):
-        return False
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key.ndim == 0 if typed else key.dtype == jnp.uint32 and key.ndim == 1
-
-
 def _is_scalar_array(value: Any, kind: Any) -> bool:
     is_scalar = hasattr(value, "dtype") and jnp.shape(value) == ()
     return is_scalar and bool(jnp.issubdtype(value.dtype, kind))
-
-
-def _first_difference(tree: Any, params: Any) -> str:
-    paths, others = (
-        [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)]
-        for t in (params, tree)
-    )
-    for path in set(paths) ^ set(others):
-        missing = path in paths
-        return f" The leaf {path} is {'missing' if missing else 'not a parameter'}."
-    return ""

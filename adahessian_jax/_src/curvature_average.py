@@ -10,17 +10,13 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src import checks
+from adahessian_jax._src import checks, curvature_state
 from adahessian_jax._src.averaging_rule import AveragingRule, average, warn_if_unused
-from adahessian_jax._src.curvature_state import (
-    CurvatureState,
-    check_curvature,
-    check_state,
-)
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, wide
+from adahessian_jax._src.curvature_state import CurvatureState
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
 from adahessian_jax._src.estimator import Curvature, as_estimator, declare
 from adahessian_jax._src.masking import mask_like
-from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias
+from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias, is_static
 from adahessian_jax._src.xla import cond
 
 
@@ -63,7 +59,7 @@ class CurvatureAverage:
     @property
     def always(self) -> bool:
         """Whether every update estimates, so that nothing is decided while running."""
-        return isinstance(self.update_interval, int) and self.update_interval == 1
+        return is_static(self.update_interval, 1)
 
     @property
     def keeps_estimate(self) -> bool:
@@ -80,21 +76,15 @@ class CurvatureAverage:
         checks.check_real("params", params)
         declare(self)
         warn_if_unused(self.averaging, params)
-        zeros = zeros_like(average(self.averaging, zeros_like(params)), self.nu_dtype)
-
-        def count() -> Array:  # an array each: a buffer can be donated once
-            return jnp.zeros([], jnp.int32)
+        like = average(self.averaging, zeros_like(params))
 
         def never_estimated() -> optax.Updates:
-            return jax.tree.map(
-                lambda x: jnp.full_like(x, jnp.inf) if is_differentiable(x) else x + 0,
-                zeros,
-            )
+            return _full_like(like, jnp.inf, self.nu_dtype)
 
-        return CurvatureState(
-            count=count(),
-            refreshes=count(),
-            nonfinite=count(),
+        return CurvatureState(  # an array each: a buffer can be donated once
+            count=jnp.zeros([], jnp.int32),
+            refreshes=jnp.zeros([], jnp.int32),
+            nonfinite=jnp.zeros([], jnp.int32),
             nu=never_estimated(),
             estimate=never_estimated() if self.keeps_estimate else None,
             refresh_due=None if self.always else jnp.array(True),
@@ -105,9 +95,9 @@ class CurvatureAverage:
         self,
         updates: optax.Updates,
         state: CurvatureState,
-        params: optax.Params | None,
+        params: Any,
         *,
-        hessian_diag: optax.Updates | None = None,
+        hessian_diag: Any = None,
         curvature: Curvature | None = None,
         **extra_args: Any,
     ) -> CurvatureState:
@@ -116,8 +106,9 @@ class CurvatureAverage:
         checks.check_like("updates", updates, params)
         checks.check_spelling(extra_args, _EXTRA_ARGS)
         initial = jax.eval_shape(self.estimator.init, params)
-        check_state(state, initial, self.always, self.keeps_estimate)
+        curvature_state.check_state(state, initial, self.always, self.keeps_estimate)
         self._check_shapes(state, params)
+        stored = state.estimate if self.keeps_estimate else state.nu
 
         def fresh(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
             if curvature is not None:
@@ -137,19 +128,18 @@ class CurvatureAverage:
             usable = jax.tree.map(self._is_usable, diag, state.nu)
             nonfinite = _saturating_sum(state.nonfinite, usable)
             if self.keeps_estimate:
-                chosen = jax.tree.map(jnp.where, usable, diag, state.estimate)
+                new = jax.tree.map(jnp.where, usable, diag, stored)
             else:
-                chosen = self._moved(state, diag, usable)
-            return chosen, nonfinite, estimator_state
+                new = self._moved(state, diag, usable)
+            return new, nonfinite, estimator_state
 
         def kept(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
-            chosen = state.estimate if self.keeps_estimate else state.nu
-            return chosen, state.nonfinite, estimator_state
+            return stored, state.nonfinite, estimator_state
 
         refresh: Any = True if self.always else state.refresh_due
         estimator_state = state.estimator_state
         if curvature is not None:
-            check_curvature(curvature, state)
+            curvature_state.check_curvature(curvature, state)
             estimator_state = curvature.estimator_state
             if self.always or curvature.refreshed is None:
                 refresh = curvature.estimate is not None
@@ -158,8 +148,7 @@ class CurvatureAverage:
         nu, nonfinite, estimator_state = cond(refresh, fresh, kept, estimator_state)
         estimate = None
         if self.keeps_estimate:
-            usable = jax.tree.map(lambda _: True, nu)
-            nu, estimate = self._moved(state, nu, usable), nu
+            nu, estimate = self._moved(state, nu, jax.tree.map(lambda _: True, nu)), nu
         count = optax.safe_increment(state.count)
         due = (count % self.update_interval == 0) | (count < self.initial_refreshes)
         seen = optax.safe_increment(state.refreshes)
@@ -191,10 +180,8 @@ class CurvatureAverage:
     def _check_shapes(self, state: CurvatureState, params: optax.Params) -> None:
         """Raise unless the average has the shapes that averaging leaves."""
         checks.check_structure("state.nu", state.nu, params)
-        averaged = jax.eval_shape(
-            lambda p: average(self.averaging, zeros_like(p)), params
-        )
-        trees = state.nu, averaged
+        like = jax.eval_shape(lambda p: average(self.averaging, zeros_like(p)), params)
+        trees = state.nu, like
         got, expected = ([x.shape for x in jax.tree.leaves(t)] for t in trees)
         if got != expected:
             raise ValueError(
@@ -210,17 +197,13 @@ class CurvatureAverage:
         d = d.astype(accumulation_dtype(d, v))
         return jnp.isfinite((d**self.order).astype(v.dtype))
 
-    def _moved(
-        self, state: Any, diag: optax.Updates, usable: optax.Updates
-    ) -> optax.Updates:
+    def _moved(self, state: Any, diag: Any, usable: Any) -> optax.Updates:
         """Return the average moved towards an estimate, where that is usable."""
         terms = self._terms(state)
         correction = debias(self.b2, jnp.maximum(terms, 1))
         seen = 1 / debias(self.b2, optax.safe_increment(terms))
 
-        def moved(d: Array, v: Array, ok: Any) -> Array:
-            if not is_differentiable(v):
-                return v
+        def moved(v: Array, d: Array, ok: Any) -> Array:
             dtype = accumulation_dtype(d, v)
             d, old = d.astype(dtype), v.astype(dtype)
             b, never = as_dtype(self.b2, dtype), old == jnp.inf
@@ -229,7 +212,7 @@ class CurvatureAverage:
             weight = jnp.where(never, seen.astype(dtype), 1 - b)
             return (weight * new + jnp.where(never, 0, b * old)).astype(v.dtype)
 
-        return jax.tree.map(moved, diag, state.nu, usable)
+        return map_floats(moved, state.nu, diag, usable)
 
 
 _EXTRA_ARGS = ("obj_fn", "predict_fn", "labels", "hessian_diag", "curvature", "grad")
@@ -237,11 +220,18 @@ _EXTRA_ARGS = ("obj_fn", "predict_fn", "labels", "hessian_diag", "curvature", "g
 
 def zeros_like(tree: Any, dtype: Any = None) -> optax.Updates:
     """Return zeros, sharded like ``tree``, its floating-point leaves in ``dtype``."""
+    return _full_like(tree, 0, dtype)
 
-    def zeros(x: Any) -> Array:
-        return jnp.zeros_like(x, dtype=dtype if is_differentiable(x) else None)
 
-    return jax.tree.map(zeros, tree)
+def _full_like(tree: Any, number: float, dtype: Any) -> optax.Updates:
+    """Return a number for each floating-point entry, and zeros for others."""
+
+    def full(x: Any) -> Array:
+        if not is_differentiable(x):
+            return jnp.zeros_like(x)
+        return jnp.full_like(x, number, dtype=dtype)
+
+    return jax.tree.map(full, tree)
 
 
 def _as_estimate(d: Any, v: Array) -> Array:
@@ -249,7 +239,7 @@ def _as_estimate(d: Any, v: Array) -> Array:
     d = jnp.asarray(d)
     if not is_differentiable(v):
         return d
-    return wide(d) if is_differentiable(d) else d.astype(accumulation_dtype(v))
+    return d.astype(accumulation_dtype(d if is_differentiable(d) else v))
 
 
 def _saturating_sum(total: Array, usable: optax.Updates) -> Array:

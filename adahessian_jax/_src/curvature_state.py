@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of an average of curvature: how to find it, and what fits it."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax import Array
 
 from adahessian_jax._src.checks import raise_if
 from adahessian_jax._src.estimator import Curvature, check_same_estimator
+
+Node = TypeVar("Node")
 
 
 class CurvatureState(NamedTuple):
@@ -43,23 +45,22 @@ class CurvatureState(NamedTuple):
 
 
 def find_states(state: optax.OptState) -> list[CurvatureState]:
-    """Return the states of curvature inside that of a chain or wrapper.
+    """Return the states of curvature inside that of a chain or wrapper, one a group."""
+    found = nodes_of_type(CurvatureState, state)
+    if not found:
+        raise ValueError(no_curvature("state", type(state).__name__))
+    return found
 
-    There is more than one where ``optax.partition`` gives groups of parameters a
-    transformation each.
-    """
 
-    def is_ours(x: Any) -> bool:
-        return isinstance(x, CurvatureState)
-
-    return [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+def nodes_of_type(kind: type[Node], tree: Any) -> list[Node]:
+    """Return the nodes of a tree that are of a type."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in nodes if isinstance(x, kind)]
 
 
 def find_state(state: optax.OptState) -> CurvatureState:
     """Return the only state of curvature inside that of a chain or wrapper."""
     found = find_states(state)
-    if not found:
-        raise ValueError(no_curvature("state", type(state).__name__))
     if len(found) > 1:
         raise ValueError(
             f"state contains the states of {len(found)} transformations by curvature:"
@@ -80,11 +81,8 @@ def no_curvature(name: str, got: str) -> str:
 def check_state(state: Any, initial: Any, always: bool, keeps_estimate: bool) -> None:
     """Raise unless a state is of this configuration: one restored may not be.
 
-    Args:
-      state: the state.
-      initial: an initial state of the estimator.
-      always: whether every update estimates.
-      keeps_estimate: whether the state has the last estimate.
+    ``initial`` is an initial state of the estimator, ``always`` is whether every update
+    estimates, and ``keeps_estimate`` whether the state has the last estimate.
     """
     if not isinstance(state, CurvatureState):
         raise TypeError(
@@ -127,10 +125,8 @@ def check_curvature(curvature: Any, state: CurvatureState) -> None:
 
 
 def nan_if_stale(curvature: Curvature | None, state: CurvatureState) -> Any:
-    """Return 1, or NaN if a curvature was made for another state.
-
-    Nothing can be raised inside jit: a mistake must not pass unnoticed.
-    """
+    """Return 1, or NaN if a curvature was made for another state."""
     if curvature is None:
         return 1.0
+    # Nothing can be raised inside jit, and a mistake must not pass unnoticed.
     return jnp.where(curvature.count == state.count, 1.0, jnp.nan)

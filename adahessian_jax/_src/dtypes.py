@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which leaves have derivatives, and in what precision to add numbers up."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -10,6 +12,13 @@ from jax import Array
 def is_differentiable(leaf: Any) -> bool:
     """Whether a leaf is real floating point; all others are held fixed."""
     return bool(jnp.issubdtype(dtype_of(leaf), jnp.floating))
+
+
+def map_floats(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Map the differentiable leaves of a tree, with those of others; keep the rest."""
+    return jax.tree.map(
+        lambda x, *y: function(x, *y) if is_differentiable(x) else x, tree, *others
+    )
 
 
 def dtype_of(leaf: Any) -> Any:
@@ -25,4 +34,4 @@ def wide(x: Array) -> Array:
 def accumulation_dtype(*leaves: Any) -> Any:
     """Return float64 if any leaf is, otherwise float32: half precision stalls."""
     double = any(dtype_of(leaf) == jnp.float64 for leaf in leaves)
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if double else jnp.float32)

@@ -21,13 +21,12 @@ from adahessian_jax._src.loss import Loss
 class Estimator:
     """An estimator that can share its pass over the network with the gradient.
 
-    As a transformation it is what optax takes: its ``update`` is this object, called,
-    and returns the Hessian's diagonal in place of the updates. That leaves a plain
-    ``optax.GradientTransformationExtraArgs``, and so a valid pytree.
+    Its transformation is a plain ``optax.GradientTransformationExtraArgs``, and so a
+    valid pytree, whose ``update`` is this object: called, it returns the Hessian's
+    diagonal in place of the updates.
 
     Attributes:
-      axis_name: the axis of devices over which estimates, but not gradients, are
-        averaged.
+      axis_name: the axis of devices over which estimates, not gradients, are averaged.
     """
 
     axis_name: AxisName
@@ -41,8 +40,7 @@ class Estimator:
     def factor(self) -> "Estimator | None":
         """The estimator whose estimate's square this one's is, if any.
 
-        Its estimate is a vector g for which the mean of its outer product with itself
-        is the curvature, off the diagonal too.
+        The mean of its estimate's outer product with itself is the whole curvature.
         """
         return None
 
@@ -68,8 +66,8 @@ class Estimator:
         """Return value, gradient and diagonal of one pass, and the new state.
 
         ``fun`` maps parameters to ``(loss, aux)``, or with a ``loss`` to ``((loss,
-        outputs), aux)``. Without it there is neither value nor gradient, and the
-        functions are those of ``update``, among ``extra_args``.
+        outputs), aux)``. Where it is None there is neither value nor gradient, and
+        ``extra_args`` has the functions.
         """
         raise NotImplementedError
 
@@ -108,16 +106,14 @@ _asked: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar(
 
 def declare(average: Any) -> None:
     """Name an average of curvature, where :func:`find_averages` asks for it."""
-    asked = _asked.get()
-    if asked is not None:
+    if (asked := _asked.get()) is not None:
         asked.append(average)
 
 
 def find_averages(tx: optax.GradientTransformation, params: optax.Params) -> list[Any]:
     """Return the averages of curvature in an optimizer, and so their estimators.
 
-    Chains and wrappers of any kind call the ``init`` of what they hold, which therefore
-    is asked.
+    Chains and wrappers of any kind call the ``init`` of what they hold: it is asked.
     """
     token = _asked.set([])
     try:
@@ -128,24 +124,17 @@ def find_averages(tx: optax.GradientTransformation, params: optax.Params) -> lis
 
 
 def are_alike(a: Any, b: Any) -> bool:
-    """Whether two estimators were made with the same arguments."""
-    if a is b:
-        return True
-    a, b = a.update, b.update
-    if type(a) is not type(b) or not isinstance(a, Estimator):
-        return False
-    names = [field.name for field in dataclasses.fields(a)]
-    return all(_equal(getattr(a, name), getattr(b, name)) for name in names)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Estimator) and isinstance(b, Estimator):
-        return are_alike(a.transformation, b.transformation)
-    if isinstance(a, Array) and isinstance(b, Array):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a = jax.random.key_data(a)
-        return a is b or (a.dtype == b.dtype and np.array_equal(a, b))
-    return bool(a is b or a == b)
+    """Whether two estimators, or arguments of theirs, are the same."""
+    if isinstance(a, optax.GradientTransformation):
+        a, b = a.update, b.update
+    if isinstance(a, Estimator) and type(a) is type(b):
+        names = [field.name for field in dataclasses.fields(a)]
+        return all(are_alike(getattr(a, name), getattr(b, name)) for name in names)
+    if all(isinstance(x, Array | np.ndarray) for x in (a, b)):
+        if a.dtype == b.dtype and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = map(jax.random.key_data, (a, b))
+        return bool(a.dtype == b.dtype and np.array_equal(a, b))
+    return bool(a == b)
 
 
 def check_same_estimator(name: str, state: Any, expected: Any) -> None:
@@ -155,12 +144,10 @@ def check_same_estimator(name: str, state: Any, expected: Any) -> None:
         [jnp.shape(x) for x in jax.tree.leaves(s) if is_differentiable(x)]
         for s in (state, expected)
     )
-    structure: Any = jax.tree.structure(state)
-    expected_structure: Any = jax.tree.structure(expected)
-    if structure != expected_structure or shapes != expected_shapes:
+    trees: list[Any] = [jax.tree.structure(s) for s in (state, expected)]
+    if trees[0] != trees[1] or shapes != expected_shapes:
         raise ValueError(
             f"{name} comes from another estimator than the optimizer's: its state is"
-            f" {structure} with arrays of shapes {shapes}, the optimizer's"
-            f" {expected_structure} with {expected_shapes}. Give both the same"
-            " estimator."
+            f" {trees[0]} with arrays of shapes {shapes}, the optimizer's {trees[1]}"
+            f" with {expected_shapes}. Give both the same estimator."
         )

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adahessian_jax._src.axes import AxisName
 from adahessian_jax._src.checks import check_callable, check_scalar, raise_if
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import is_differentiable, wide
@@ -36,10 +35,8 @@ class LinearizedModel(NamedTuple):
 def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
     """Evaluate a network and prepare products with its transposed Jacobian.
 
-    Args:
-      fun: from parameters to ``((loss, outputs), aux)``, or None.
-      predict_fn: from parameters to outputs, in place of ``fun``.
-      params: the parameters.
+    ``fun`` maps parameters to ``((loss, outputs), aux)``; ``predict_fn`` maps them to
+    outputs, where ``fun`` is None.
     """
     name = "predict_fn" if fun is None else "loss_fn"
     predict = _explained(predict_fn, params) if fun is None else None
@@ -54,9 +51,8 @@ def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
                 " (loss, (outputs, where)), and with has_aux a pair of that and the"
                 f" auxiliary values, got {jax.tree.map(jnp.shape, out)}."
             )
-        loss, result = out
-        outputs, where = _outputs_and_where(name, result)
-        return (check_scalar(name, loss), outputs), (where, aux)
+        outputs, where = _outputs_and_where(name, out[1])
+        return (check_scalar(name, out[0]), outputs), (where, aux)
 
     def evaluate(params: Any) -> tuple[Array, Array, Any]:
         (loss, outputs), (_, aux) = loss_and_outputs(params)
@@ -65,12 +61,11 @@ def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
     (loss, outputs), pullback, (where, aux) = jax.vjp(
         lambda x: loss_and_outputs(rebuild(x)), floats, has_aux=True
     )
-    raise_if(jnp.any(jnp.isnan(outputs)), f"{name} returned outputs that are NaN.")
     return LinearizedModel(
         evaluate=evaluate,
         value=(loss, aux),
         gradient=lambda: pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))[0],
-        outputs=outputs,
+        outputs=_without_nan(name, outputs),
         where=where,
         pullback=lambda s: pullback((jnp.zeros_like(loss), s.astype(outputs.dtype)))[0],
         as_params=lambda leaves: rebuild_diag(
@@ -79,15 +74,8 @@ def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
     )
 
 
-def push_forward(
-    predict_fn: Any, params: Any, tangents: Floats
-) -> tuple[Array, Array | None, Array]:
-    """Evaluate a network, and multiply its Jacobian by one vector.
-
-    Returns:
-      The outputs, ``where`` if ``predict_fn`` returns it, and the tangents of the
-      outputs.
-    """
+def push_forward(predict_fn: Any, params: Any, tangents: Floats) -> Any:
+    """Return a network's outputs, ``where``, and the tangents of the outputs."""
     predict = _explained(predict_fn, params)
     floats, rebuild = split_differentiable(params)
     outputs, tangent, where = jax.jvp(
@@ -96,8 +84,7 @@ def push_forward(
         ([v.astype(x.dtype) for v, x in zip(tangents, floats, strict=True)],),
         has_aux=True,
     )
-    raise_if(jnp.any(jnp.isnan(outputs)), "predict_fn returned outputs that are NaN.")
-    return outputs, where, tangent
+    return _without_nan("predict_fn", outputs), where, tangent
 
 
 def _explained(predict_fn: Any, params: Any) -> Callable[[Any], Any]:
@@ -122,8 +109,13 @@ def _outputs_and_where(name: str, result: Any) -> tuple[Array, Any]:
     return outputs, where
 
 
+def _without_nan(name: str, outputs: Array) -> Array:
+    raise_if(jnp.any(jnp.isnan(outputs)), f"{name} returned outputs that are NaN.")
+    return outputs
+
+
 def gauss_newton_factor(
-    key: Array, loss: Loss, model: LinearizedModel, labels: Any, axis_name: AxisName
+    key: Array, loss: Loss, model: LinearizedModel, labels: Any, axis_name: Any
 ) -> Floats:
     """Pull S u back, for random signs u."""
     labels = loss.curvature_labels(labels)

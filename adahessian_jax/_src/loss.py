@@ -21,8 +21,8 @@ from adahessian_jax._src.dtypes import is_differentiable, wide
 class Loss:
     r"""The mean or sum of the losses of rows of outputs, and its curvature.
 
-    Outputs have any shape. The last ``event_ndim`` axes make up a row, whose losses are
-    added up; ``reduction`` says what is done with those of the rows,
+    The last ``event_ndim`` axes of the outputs make up a row, whose losses are added
+    up; ``reduction`` says what is done with those of the rows,
 
     .. math::
       L = \sum_r w_r \ell(f_r, y_r) \Big/ \sum_r w_r \ \text{(\texttt{"mean"})}
@@ -137,16 +137,16 @@ class Loss:
         """
         if not is_differentiable(outputs):
             raise TypeError(f"outputs must be floating point, got {outputs.dtype}.")
+        unfit = f"outputs of shape {outputs.shape} do not fit {self!r}"
         if outputs.ndim < self.event_ndim:
             raise ValueError(
-                f"outputs of shape {outputs.shape} do not fit {self!r}, which takes"
-                f" rows along the last {self.event_ndim} axes."
+                f"{unfit}, which takes rows along the last {self.event_ndim} axes."
             )
         if self.kind == "classes" and outputs.shape[-1] == 1:
             raise ValueError(
-                f"outputs of shape {outputs.shape} do not fit {self!r}: softmax over"
-                " one class has no curvature. The classes must lie along the last axis;"
-                " for one logit per row use losses.sigmoid_binary_cross_entropy."
+                f"{unfit}: softmax over one class has no curvature. The classes must"
+                " lie along the last axis; for one logit per row use"
+                " losses.sigmoid_binary_cross_entropy."
             )
         rows = outputs.shape[: outputs.ndim - self.event_ndim]
         weights = jnp.ones(()) if where is None else jnp.asarray(where)
@@ -176,8 +176,8 @@ class Loss:
     ) -> None:
         """Check that this is the curvature of a loss function of your own.
 
-        Compares the Hessians of the two in the outputs on one random vector. Call it
-        once, outside ``jit``, on the outputs of a real batch.
+        Compares their Hessians in the outputs on one random vector. Call it once,
+        outside ``jit``, on the outputs of a real batch.
 
         Args:
           loss_fn: your loss of the batch, from outputs to a scalar.
@@ -221,8 +221,7 @@ the reduction, the weights or the loss.
                 " there is nothing to compare: pass the outputs of a network before"
                 " training, with rows that have weight."
             )
-        unlike = float(jnp.linalg.norm(true - factor * assumed))
-        if unlike > rtol * float(jnp.linalg.norm(true)):
+        if jnp.linalg.norm(true - factor * assumed) > rtol * jnp.linalg.norm(true):
             raise ValueError(
                 f"loss_fn has another curvature than {self!r}: not even a multiple of"
                 " it."
@@ -248,20 +247,19 @@ the reduction, the weights or the loss.
             if self.needs_labels or not self.name.startswith("of_"):
                 raise ValueError(f"labels must be given to {self!r}.")
             return None
-        labels = jnp.asarray(labels)
-        integer = not is_differentiable(labels) and labels.dtype != bool
-        axes = outputs.ndim - (self.kind == "row")
-        if self.kind == "classes" and integer and labels.ndim < outputs.ndim:
-            axes = outputs.ndim - 1
-        shape = labels.shape[:axes] if self.kind == "row" else labels.shape
-        if shape != outputs.shape[:axes]:
-            classes = f"{outputs.shape[:-1]}, classes, or " * (self.kind == "classes")
-            own = outputs.shape[: outputs.ndim - (self.kind == "row")]
+        labels, whole, rows = jnp.asarray(labels), outputs.shape, outputs.shape[:-1]
+        by_row = self.kind == "row"  # labels with any axes of their own
+        if self.kind == "classes" and jnp.issubdtype(labels.dtype, jnp.integer):
+            by_row = labels.ndim < outputs.ndim
+        shape = labels.shape[: len(rows)] if self.kind == "row" else labels.shape
+        if shape != (rows if by_row else whole):
+            either = f"{rows}, classes, or {whole}"
+            expected = {"classes": either, "row": rows, "element": whole}[self.kind]
             raise ValueError(
-                f"labels of shape {labels.shape} do not match outputs of shape"
-                f" {outputs.shape}: {self!r} takes labels of shape {classes}{own}."
+                f"labels of shape {labels.shape} do not match outputs of shape {whole}:"
+                f" {self!r} takes labels of shape {expected}."
             )
-        if self.kind == "row" or axes < outputs.ndim:
+        if by_row:
             return labels
         labels = labels.astype(wide(outputs).dtype)
         if self.kind == "classes":

@@ -17,18 +17,16 @@ def unmasked(
 ) -> Callable[[optax.Params], Result]:
     """Let a function of all parameters take those that a wrapper has masked.
 
-    ``optax.masked``, ``optax.partition`` and ``optax.selective_transform`` hand to the
-    optimizer inside them parameters with an ``optax.MaskedNode`` in place of each that
-    is not its own, and so does the optimizer to ``obj_fn`` and ``predict_fn``. Those
-    need all of them.
+    Inside ``optax.masked``, ``optax.partition`` and ``optax.selective_transform`` an
+    optimizer gets, and hands to ``obj_fn`` and ``predict_fn``, an ``optax.MaskedNode``
+    in place of each parameter that is not its own. Those functions need all of them.
 
     Args:
       fun: a function of the parameters.
       params: all parameters.
 
     Returns:
-      ``fun`` with those of ``params`` put in where its argument is masked. They are
-      constants: the curvature is that of the others.
+      ``fun`` with ``params``, as constants, put in where its argument is masked.
 
     Raises:
       TypeError: if ``fun`` is not callable.
@@ -52,9 +50,7 @@ def unmasked(
 
 def fill_masked(tree: optax.Params, whole: optax.Params) -> optax.Params:
     """Replace each masked node by what ``whole`` has in its place."""
-    return jax.tree.map(
-        lambda x, y: y if _is_masked(x) else x, tree, whole, is_leaf=_is_masked
-    )
+    return _map_shown(lambda x, y: y if _is_masked(x) else x, tree, whole)
 
 
 def mask_like(tree: Any, masked: Any) -> Any:
@@ -62,9 +58,7 @@ def mask_like(tree: Any, masked: Any) -> Any:
     if not has_masked(masked):
         return tree
     try:
-        return jax.tree.map(
-            lambda x, y: x if _is_masked(x) else y, masked, tree, is_leaf=_is_masked
-        )
+        return _map_shown(lambda x, y: x if _is_masked(x) else y, masked, tree)
     except ValueError:
         return tree
 
@@ -79,19 +73,11 @@ def masked_in_all(tree: Any, masked: list[Any]) -> Any:
     if len(masked) == 1:
         return mask_like(tree, masked[0])
 
-    def shown(other: Any) -> Any:
-        return jax.tree.map(
-            lambda x, subtree: jax.tree.map(lambda _: not _is_masked(x), subtree),
-            other,
-            tree,
-            is_leaf=_is_masked,
-        )
+    def is_shown(x: Any, subtree: Any) -> Any:
+        return jax.tree.map(lambda _: not _is_masked(x), subtree)
 
-    return jax.tree.map(
-        lambda x, *shown: x if any(shown) else optax.MaskedNode(),
-        tree,
-        *map(shown, masked),
-    )
+    shown = [_map_shown(is_shown, other, tree) for other in masked]
+    return jax.tree.map(lambda x, *s: x if any(s) else optax.MaskedNode(), tree, *shown)
 
 
 def explain(name: str, fun: Callable[[Any], Any], params: Any) -> Callable[[Any], Any]:
@@ -122,6 +108,11 @@ def explain(name: str, fun: Callable[[Any], Any], params: Any) -> Callable[[Any]
             raise
 
     return explained
+
+
+def _map_shown(function: Any, tree: Any, other: Any) -> Any:
+    """Map what is in a tree, masked nodes included, and what another has there."""
+    return jax.tree.map(function, tree, other, is_leaf=_is_masked)
 
 
 def _is_masked(x: Any) -> bool:

@@ -8,118 +8,104 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.tree_util import keystr, tree_leaves_with_path
 
-from adahessian_jax._src.axes import zeros_of_type
-from adahessian_jax._src.dtypes import is_differentiable
+from adahessian_jax._src.axes import AxisName, sum_over_axis, zeros_of_type
+from adahessian_jax._src.derivatives import split_leaves
+from adahessian_jax._src.dtypes import map_floats
 from adahessian_jax._src.xla import scan
 
 
 def cut(tree: Any, microbatches: int) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Deal the rows of a tree's arrays out to parts of the same size.
+    """Deal the rows of a dictionary's arrays out to parts of the same size.
 
-    Args:
-      tree: a dictionary, whose keys are the names that errors call the arrays by.
-      microbatches: the number of parts.
-
-    Returns:
-      The arrays with a new first axis, of parts, and the function that puts a part of
-      each back into the tree. Scalars are in every part.
-
-    Raises:
-      ValueError: if there is no array, or one cannot be cut into so many parts.
+    Returns the arrays with a new first axis, of parts, and the function that puts a
+    part of each back into the dictionary. Scalars are in every part.
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    leaves = [leaf for _, leaf in paths]
-    where = [i for i, leaf in enumerate(leaves) if jnp.ndim(leaf)]
-    if not where:
+    paths = tree_leaves_with_path(tree)
+    arrays, join = split_leaves(tree, [jnp.ndim(x) > 0 for _, x in paths])
+    if not arrays:
         raise ValueError(
             f"batch must have an array to cut into {microbatches} parts, got"
-            f" {len(leaves)} scalars only."
+            f" {len(paths)} scalars only."
         )
-
-    def one(path: Any, x: Any) -> Array:
-        size = jnp.shape(x)[0]
-        if size == 0 or size % microbatches:
-            (name, *rest) = path
+    for (name, *rest), x in paths:
+        shape = jnp.shape(x)
+        if shape and (shape[0] == 0 or shape[0] % microbatches):
             raise ValueError(
-                f"{name.key}{jax.tree_util.keystr(tuple(rest))} of shape {jnp.shape(x)}"
-                f" cannot be cut along its first axis into {microbatches} equal parts."
+                f"{name.key}{keystr(tuple(rest))} of shape {shape} cannot be cut along"
+                f" its first axis into {microbatches} equal parts."
             )
-        # In turns, so that of a batch that is cut over devices each one has its share
-        # of every part.
+
+    def in_turns(x: Any) -> Array:
+        # So that of a batch cut over devices each one has its share of every part.
         rows = jnp.reshape(x, (-1, microbatches, *jnp.shape(x)[1:]))
         return jnp.moveaxis(rows, 1, 0)
 
-    def join(part: list[Any]) -> Any:
-        new = list(leaves)
-        for i, x in zip(where, part, strict=True):
-            new[i] = x
-        return jax.tree.unflatten(treedef, new)
-
-    return [one(*paths[i]) for i in where], join
+    return list(map(in_turns, arrays)), join
 
 
 def over_parts(
     function: Callable[[Any, Any], tuple[Any, Any, Any, Any]],
     state: Any,
-    parts: list[Any],
+    data: dict[str, Any],
     *,
+    microbatches: int,
     reduction: str,
     unroll: bool,
+    axis_name: AxisName,
 ) -> tuple[Any, Any, Any]:
     """Average or add up over parts, one after the other, what a function returns.
 
-    Args:
-      function: ``(state, part)`` to ``(state, reduced, stacked, weight)``: the new
-        state, a tree to average, one whose leaves are to be put behind each other, and
-        the weights of the part in the means of each entry of ``reduced``, a tuple.
-      state: the first state.
-      parts: arrays, with parts along their first axes.
-      reduction: ``"mean"`` or ``"sum"``.
-      unroll: compile the parts one after the other in place of a loop.
+    ``function`` maps ``(state, data)`` to ``(reduced, stacked, state, weight)``: value,
+    gradient and estimate, to average; a tree whose leaves are to be put behind each
+    other; the new state; and the weight of the part in a mean. The keys of ``data`` are
+    what errors call its arrays.
 
     Returns:
-      The last state, the mean or sum, where leaves that are not floating point are
-      those of the last part, and the stack.
+      The means or sums, where leaves that are not floating point are those of the last
+      part; the stack, with no new axis if there is a single part; and the last state.
     """
+    if microbatches == 1:
+        return function(state, data)[:3]
+    parts, join = cut(data, microbatches)
 
     def weighted(state: Any, part: list[Any]) -> tuple[Any, Any, Any, Any]:
-        state, reduced, stacked, weights = function(state, part)
+        reduced, stacked, state, weight = function(state, join(part))
+        # Value and gradient are a device's own, and the estimate is of all.
+        weights = [weight, weight, sum_over_axis(weight, axis_name)]
         if reduction == "sum":
-            weights = jax.tree.map(lambda _: 1.0, weights)
+            weights = [1.0, 1.0, 1.0]
         dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
-        return state, reduced, stacked, [jnp.asarray(w, dtype) for w in weights]
+        return reduced, stacked, state, [jnp.asarray(w, dtype) for w in weights]
 
-    _, like, _, like_weights = jax.eval_shape(weighted, state, [x[0] for x in parts])
+    like, _, _, like_weights = jax.eval_shape(weighted, state, [x[0] for x in parts])
 
     def one(carry: Any, part: list[Any]) -> tuple[Any, Any]:
         state, totals, total_weights = carry
-        state, reduced, stacked, weights = weighted(state, part)
+        reduced, stacked, state, weights = weighted(state, part)
 
-        def add(weight: jax.Array, total: Any, x: Any) -> Any:
-            if not is_differentiable(x):
-                return x
+        def add(weight: Array, x: Array, total: Array) -> Array:
             x = x.astype(total.dtype)
             # A mean over no rows may be anything.
             return total + jnp.where(weight > 0, weight.astype(x.dtype) * x, 0)
 
-        totals = tuple(
-            jax.tree.map(functools.partial(add, weight), total, x)
-            for weight, total, x in zip(weights, totals, reduced, strict=True)
-        )
+        totals = _map_entries(add, weights, reduced, totals)
         return (state, totals, jax.tree.map(jnp.add, total_weights, weights)), stacked
 
     zeros = jax.tree.map(zeros_of_type, (like, like_weights))
     (state, totals, weights), stacked = scan(one, (state, *zeros), parts, unroll=unroll)
 
-    def reduced(weight: jax.Array, total: Any, x: Any) -> Any:
-        if not is_differentiable(x):
-            return total
+    def divide(weight: Array, total: Array, x: Any) -> Array:
         divisor = jnp.where((weight > 0) & (reduction == "mean"), weight, 1)
         return (total / divisor.astype(total.dtype)).astype(x.dtype)
 
-    means = tuple(
-        jax.tree.map(functools.partial(reduced, weight), total, x)
-        for weight, total, x in zip(weights, totals, like, strict=True)
+    return _map_entries(divide, weights, totals, like), stacked, state
+
+
+def _map_entries(function: Any, weights: Any, *tuples: Any) -> Any:
+    """Map the floating-point leaves of each entry of tuples, with its weight."""
+    return tuple(
+        map_floats(functools.partial(function, weight), *trees)
+        for weight, *trees in zip(weights, *tuples, strict=True)
     )
-    return state, means, stacked

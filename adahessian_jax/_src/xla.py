@@ -4,7 +4,6 @@
 All were measured on XLA:CPU, JAX 0.4.36 to 0.12.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from adahessian_jax._src.dtypes import is_differentiable
+from adahessian_jax._src.dtypes import is_differentiable, map_floats
 
 
 def cond(pred: Any, true_fn: Any, false_fn: Any, x: Any) -> Any:
@@ -25,15 +24,12 @@ def cond(pred: Any, true_fn: Any, false_fn: Any, x: Any) -> Any:
     return (true_fn if pred else false_fn)(x)
 
 
-def scan(
-    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any, *, unroll: bool
-) -> tuple[Any, Any]:
+def scan(step: Any, carry: Any, xs: Any, *, unroll: bool) -> tuple[Any, Any]:
     """Do as ``jax.lax.scan`` where something is traced, and else as a Python loop.
 
     Outside ``jit`` every call of ``jax.lax.scan`` would compile its body again.
     """
-    traced = is_traced((carry, xs))
-    if traced and not unroll:
+    if is_traced((carry, xs)) and not unroll:
         return jax.lax.scan(step, carry, xs)
     leaves, treedef = jax.tree.flatten(xs)
     outputs = []
@@ -51,21 +47,17 @@ def is_traced(tree: Any) -> bool:
 def materialized(key: Array, tree: optax.Updates) -> optax.Updates:
     """Return a tree, on CPU in a way that it is written out before it is used.
 
-    For a layer amid a network, a Hessian-vector product is the transpose of a sum.
-    XLA:CPU fuses that into what the optimizer does with it, which then reads memory in
-    strides: a fifth of the time of an MLP's step. And it would multiply by the probe,
-    unpacked from its bits, in every place where the estimate is used. The operands of a
-    loop it leaves alone.
+    A Hessian-vector product for a layer amid a network is the transpose of a sum, which
+    XLA:CPU fuses into what the optimizer does with it. That then reads memory in
+    strides, a fifth of the time of an MLP's step, and multiplies by the probe, unpacked
+    from its bits, wherever the estimate is used. The operands of a loop are left alone.
     """
     if jax.default_backend() != "cpu" or not is_traced((key, tree)):
         return tree
     # Never true, but the compiler cannot know.
     never = jax.random.key_data(key).ravel()[0].astype(jnp.float32) > jnp.inf
 
-    def through_loop(x: Array) -> Array:
-        return _through_loop(x, never) if x.ndim > 1 and is_differentiable(x) else x
-
-    return jax.tree.map(through_loop, tree)
+    return map_floats(lambda x: _through_loop(x, never) if x.ndim > 1 else x, tree)
 
 
 @jax.custom_jvp

@@ -11,7 +11,7 @@ from jax import Array
 
 from adahessian_jax._src.axes import AxisName, axis_size
 from adahessian_jax._src.checks import check_flag
-from adahessian_jax._src.dtypes import is_differentiable, wide
+from adahessian_jax._src.dtypes import map_floats, wide
 from adahessian_jax._src.linearized import gauss_newton_factor, linearize
 from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.moving_average import debias
@@ -40,9 +40,7 @@ class ControlVariate(NamedTuple):
 
 def multiply(probes: optax.Updates, products: optax.Updates) -> optax.Updates:
     """Multiply elementwise the floating-point leaves; the others stay zero."""
-    return jax.tree.map(
-        lambda z, y: z * y if is_differentiable(z) else y, probes, products
-    )
+    return map_floats(lambda y, z: z * y, products, probes)
 
 
 def ema_control(*, unbiased: bool = True) -> ControlVariate:
@@ -53,21 +51,18 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
     .. math::
       d = z \odot (H z - c \odot z) + c
 
-    has the mean diag H whatever :math:`c` is. With ``unbiased=False`` the last term is
-    left out and :math:`c` is the decay rate times the average that is not corrected for
-    its start from zero: the formula published with the variant of AdaHessian that
-    averages the Hessian itself.
-
-    **It does no more than plain Hutchinson with Rademacher probes**: there :math:`z
-    \odot (c \odot z) = c` exactly, whatever the signs. With Gaussian probes, whose
-    variance is :math:`\sum_{j \neq i} H_{ij}^2 + 2 H_{ii}^2`, it turns the second term
-    into :math:`2 (H_{ii} - c_i)^2`, and so at best ties with Rademacher probes. It is
-    here so that the published variant can be run.
+    has the mean diag H whatever :math:`c` is. **It does no more than plain Hutchinson
+    with Rademacher probes**: there :math:`z \odot (c \odot z) = c` exactly. With
+    Gaussian probes, whose variance is :math:`\sum_{j \neq i} H_{ij}^2 + 2 H_{ii}^2`, it
+    turns the second term into :math:`2 (H_{ii} - c_i)^2`, and so at best ties with
+    Rademacher probes. It is here so that the published variant can be run.
 
     Args:
-      unbiased: add the mean back. False is the published formula: the average then
-        obeys :math:`v \leftarrow b_2^2 v + (1 - b_2)\, z \odot H z`, which is the plain
-        average of decay :math:`b_2^2`, divided by :math:`1 + b_2`.
+      unbiased: add the mean back. False is the formula published with the variant of
+        AdaHessian that averages the Hessian itself: no last term, and :math:`c` is the
+        decay rate times the average, not corrected for its start from zero. That then
+        obeys :math:`v \leftarrow b_2^2 v + (1 - b_2)\, z \odot H z`, the plain average
+        of decay :math:`b_2^2`, divided by :math:`1 + b_2`.
 
     Returns:
       A control variate for :func:`adahessian_jax.hutchinson`. It has no state and
@@ -95,22 +90,21 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
             raise ValueError(
                 "ema_control needs the optimizer's moving average of the Hessian"
                 " itself: use scale_by_adahessian or adahessian with"
-                " hessian_ema='mean', and hand that optimizer, not its estimator alone,"
-                " to value_and_grad_with_curvature."
+                " hessian_ema='mean'. value_and_grad_with_curvature then needs that"
+                " optimizer, not its estimator alone, and optax.inject_hyperparams"
+                " static_args=('b2',)."
             )
         average, decay, count = curvature_ema
         # Before the first estimate the average is zero, and so is its correction.
         corrected = debias(decay, jnp.maximum(count, 1))
         scale = corrected if unbiased else jnp.asarray(decay)
 
-        def one(z: Array, y: Array, ema: Array) -> Array:
-            if not is_differentiable(z):
-                return y
+        def one(y: Array, z: Array, ema: Array) -> Array:
             c = scale.astype(z.dtype) * ema.astype(z.dtype)
             d = z * (y - c * z)
             return d + c if unbiased else d
 
-        return jax.tree.map(one, probes, product(), average), state
+        return map_floats(one, product(), probes, average), state
 
     return ControlVariate(lambda params: (), correct)
 
@@ -141,9 +135,8 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
       place of ``obj_fn``, ``predict_fn``, from parameters to outputs or to ``(outputs,
       where)``, and ``labels``: the objective is ``loss(outputs, labels, where=where)``.
       In :func:`adahessian_jax.value_and_grad_with_curvature` the loss function returns
-      ``(loss, outputs)``, as for :func:`adahessian_jax.gauss_newton`, and ``labels`` is
-      a further argument; what the loss has beside it, such as weight decay, is then in
-      the estimate.
+      ``(loss, outputs)`` and ``labels`` is a further argument; what the loss has beside
+      that of the outputs, such as weight decay, is then in the estimate.
 
     Raises:
       ValueError: at update, if ``predict_fn`` or ``labels`` is missing.
@@ -212,10 +205,7 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
         probed = multiply(probes, product(remainder))
         if loss_fn is not None and loss.reduction == "sum":
             probed = jax.tree.map(lambda r: n_devices * r, probed)
-
-        def add(g: Array, r: Array) -> Array:
-            return g + r if is_differentiable(g) else g
-
-        return jax.tree.map(add, model.as_params(squares), probed), state
+        known = model.as_params(squares)
+        return map_floats(lambda g, r: g + r, known, probed), state
 
     return ControlVariate(lambda params: (), correct, loss)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from adahessian_jax._src.axes import gathered
 from adahessian_jax._src.checks import check_float, check_int
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
 from adahessian_jax._src.estimator import Estimator, as_estimator
 from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.moving_average import ema
@@ -34,10 +34,10 @@ class EigenbasisState(NamedTuple):
 
     Attributes:
       estimator_state: that of the estimator inside.
-      products: for each parameter, in the order of ``jax.tree.leaves``, a tuple with an
-        entry for each of its axes: the partial trace of its curvature over all other
-        axes, a moving average, times the vectors of the basis, shape (size, number of
-        vectors), or None for an axis that is not turned.
+      products: for each parameter, in the order of ``jax.tree.leaves``, a tuple of one
+        for each axis: the moving average of the curvature's partial trace over all
+        other axes, times the basis's vectors, (size, number of vectors); None for an
+        axis that is not turned.
       bases: the same of orthogonal matrices, whose first columns are these vectors.
     """
 
@@ -67,33 +67,29 @@ def in_eigenbasis(
 
     where :math:`g` is the Gauss-Newton factor as a matrix, whose square is the estimate
     of :func:`adahessian_jax.gauss_newton`. With the eigenvectors :math:`Q_L, Q_R` as
-    columns, the estimate is the square of :math:`Q_L^\top g\, Q_R`: the exact diagonal
-    in that basis, in the mean, whether or not G is a Kronecker product. A tensor of any
-    order has a partial trace and a basis for each of its axes; that of a vector is the
-    whole of its block of G.
+    columns, the estimate is the square of :math:`Q_L^\top g\, Q_R`: in the mean, the
+    exact diagonal in that basis, whether or not G is a Kronecker product. Tensors of
+    any order have a partial trace for each axis; a vector's is its whole block of G.
 
     Partial traces are moving averages over estimates, each of which moves the bases by
-    one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. A basis for
-    an axis longer than ``max_dim`` follows its leading eigenvectors, which have most of
-    the curvature, and leaves the rest nearly as it is. Use an ``update_interval`` of 20
-    or so.
+    one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. For an axis
+    longer than ``max_dim`` it follows the leading eigenvectors, which have most of the
+    curvature, and leaves the rest nearly as it is. Use an ``update_interval`` of 20.
 
     Args:
       estimator: :func:`adahessian_jax.gauss_newton` with one sample.
       decay: decay rate of the moving averages of partial traces, in [0, 1).
       max_dim: axes of up to this size n, at least 1, have a complete basis: 2 n²
         numbers of state, and 4 n operations for each entry of the tensor in an update.
-      n_vectors: how many leading eigenvectors a longer axis has, 0 or more: 3 n k
-        numbers for k of them, and 8 k operations for each entry. With 0 longer axes
-        are left as they are.
+      n_vectors: how many leading eigenvectors a longer axis has: 3 n k numbers for k of
+        them, and 8 k operations for each entry. With 0 it is left as it is.
 
     Returns:
       A transformation for :func:`adahessian_jax.adahessian` and
-      :func:`adahessian_jax.scale_by_adahessian`. Its ``update`` takes what that of
-      ``estimator`` takes and returns the diagonal in the bases of the new state, an
-      :class:`EigenbasisState`, in the structure, shapes and dtypes of ``params``. Other
-      optimizers, such as ``optax.contrib.sophia``, would take it for the diagonal in
-      the parameters' own axes: do not give it to them.
+      :func:`adahessian_jax.scale_by_adahessian` only: ``optax.contrib.sophia``, say,
+      would take its diagonal for that in the parameters' own axes. ``update`` takes
+      what that of ``estimator`` takes and returns the diagonal in the bases of the new
+      state, an :class:`.EigenbasisState`, of the structure and dtypes of ``params``.
 
     Raises:
       ValueError: if ``decay``, ``max_dim`` or ``n_vectors`` is out of range, or the
@@ -170,11 +166,11 @@ class _InEigenbasis(Estimator):
         bases = jax.tree.map(_turned, state.products, state.bases)
         each = zip(state.products, state.bases, bases, leaves, strict=True)
         products = tuple(_moved(*x, self.decay) for x in each)
-        squares = [
-            jnp.square(rotate(g, q)).astype(g.dtype) if is_differentiable(g) else g
-            for g, q in zip(leaves, bases, strict=True)
-        ]
-        diag = jax.tree.unflatten(treedef, squares)
+        diag = map_floats(
+            lambda g, q: jnp.square(rotate(g, q)).astype(g.dtype),
+            factor,
+            jax.tree.unflatten(treedef, bases),
+        )
         return value, grads, diag, EigenbasisState(inner_state, products, bases)
 
     def _first_bases(self, leaf: Any) -> Bases:

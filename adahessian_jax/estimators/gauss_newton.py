@@ -35,19 +35,18 @@ def gauss_newton(
 
     For a loss :math:`\sum_r w_r \ell(f_r)` of the rows :math:`f_r` of a network's
     outputs, with Jacobians :math:`J_r` and :math:`\nabla^2 \ell(f_r) = S_r S_r^\top`,
-    the generalised Gauss-Newton matrix is
-    :math:`G = \sum_r w_r J_r^\top S_r S_r^\top J_r`. The estimate is
+    the estimate of the generalised Gauss-Newton matrix's diagonal is
 
     .. math::
-      d = g \odot g, \qquad
-      g = \sum_r \sqrt{w_r} \, J_r^\top S_r u_r
+      d = g \odot g, \quad g = \sum_r \sqrt{w_r} \, J_r^\top S_r u_r, \qquad
+      G = \sum_r w_r J_r^\top S_r S_r^\top J_r,
 
     with random signs :math:`u_r`. It is unbiased for diag G and never negative. With
     one sample the variance of each entry is at most :math:`2 G_{ii}^2`, because
     :math:`\mathrm{E}\, g_i^4 \leq 3 (\mathrm{E}\, g_i^2)^2` for a sum of independent
     signs: a relative error of at most :math:`\sqrt{2}` whatever the network, where
     Hutchinson's estimator has 4 to 15 on networks of a few thousand parameters and 11
-    to 46 at 200,000 (``benchmarks/estimator_accuracy.py``). For networks that are
+    to 46 at 200,000 (``python -m benchmarks.accuracy``). For networks that are
     piecewise linear in each parameter separately (ReLU, max-pooling, no normalisation),
     diag G is the Hessian's diagonal exactly.
 
@@ -60,8 +59,7 @@ def gauss_newton(
       n_samples: how many estimates are averaged, at least 1.
       seed: an int or a PRNG key, typed or raw.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
-        is split; means are then those of the whole batch, and each device draws signs
-        of its own.
+        is split; means are those of the whole batch, each device draws its own signs.
 
     Returns:
       A transformation. ``update(updates, state, params, predict_fn=h)`` ignores the

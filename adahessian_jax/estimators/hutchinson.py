@@ -13,7 +13,7 @@ from jax import Array
 from adahessian_jax._src import checks
 from adahessian_jax._src.axes import AxisName, as_varying, axis_key, mean_over_axis
 from adahessian_jax._src.derivatives import check_mode, value_grad_and_hvp
-from adahessian_jax._src.dtypes import is_differentiable, wide
+from adahessian_jax._src.dtypes import map_floats, wide
 from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.masking import explain
@@ -51,15 +51,14 @@ def hutchinson(
     r"""Estimate the Hessian's diagonal by Hutchinson's method.
 
     .. math::
-      d = \frac{1}{n} \sum_{s=1}^{n} z_s \odot H z_s,
-      \qquad \mathrm{E}\, z_s z_s^\top = I
+      d = \frac{1}{n} \sum_{s=1}^{n} z_s \odot H z_s, \qquad \mathrm{E} z_s z_s^\top = I
 
-    where :math:`n` is ``n_samples`` and the probes :math:`z_s` are independent.
-    The estimate is unbiased. Its variance is :math:`\frac{1}{n} \sum_{j \neq i}
+    where :math:`n` is ``n_samples`` and the probes :math:`z_s` are independent. The
+    estimate is unbiased. Its variance is :math:`\frac{1}{n} \sum_{j \neq i}
     H_{ij}^2` with Rademacher probes, that is exact if H is diagonal; Gaussian probes
     add :math:`\frac{2}{n} H_{ii}^2`. On a neural network the off-diagonal row norm is
     many times :math:`|H_{ii}|`, so one sample has a relative error of 4 to 15 with a
-    few thousand parameters, more with more (``benchmarks/estimator_accuracy.py``): the
+    few thousand parameters, more with more (``python -m benchmarks.accuracy``): the
     root mean square of such estimates, which AdaHessian divides by, is an estimate of
     the Hessian's *row norms* :math:`(\sum_j H_{ij}^2)^{1/2}` rather than of its
     diagonal. A less noisy estimate is a smaller denominator: lower the learning rate.
@@ -73,8 +72,7 @@ def hutchinson(
       probe: ``"rademacher"``, ``"normal"``, or a function ``(key, params) -> probes``
         with uncorrelated entries of mean 0 and variance 1.
       mode: how to differentiate twice, see :func:`adahessian_jax.hvp`.
-      control_variate: what is known of the Hessian beforehand, for example
-        :func:`adahessian_jax.ema_control`.
+      control_variate: what is known of H, such as :func:`adahessian_jax.ema_control`.
       seed: an int or a PRNG key, typed or raw, from which all probes follow.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. Each device then draws probes of its own and the estimates are
@@ -170,21 +168,19 @@ class _Hutchinson(Estimator):
             total, cv_state = carry
             key = after(key, total, otherwise=subkey) if self.unroll else key
             _, d, cv_state = sample(key, cv_state)
-            return (jax.tree.map(_add, total, d), cv_state), None
+            total = map_floats(lambda x, y: x + y.astype(x.dtype), total, d)
+            return (total, cv_state), None
 
         keys = jax.random.split(axis_key(subkey, self.axis_name), self.n_samples)
         first_pass, total, cv_state = sample(keys[0], state.control_variate)
         if self.n_samples > 1:
-            carry = jax.tree.map(_widened, total), cv_state
+            carry = map_floats(wide, total), cv_state
             carry, _ = scan(add_sample, carry, keys[1:], unroll=self.unroll)
             total, cv_state = carry
-
-        def mean(d: Array, p: Array) -> Array:
-            return (d / self.n_samples).astype(p.dtype) if is_differentiable(d) else d
-
-        diag = mean_over_axis(jax.tree.map(mean, total, params), self.axis_name)
-        state = HutchinsonState(key, cv_state)
-        return *first_pass, materialized(key, diag), state
+        n = self.n_samples
+        mean = map_floats(lambda d, p: (d / n).astype(p.dtype), total, params)
+        diag = materialized(key, mean_over_axis(mean, self.axis_name))
+        return *first_pass, diag, HutchinsonState(key, cv_state)
 
     def _sample(
         self, fun: Any, params: Any, extra_args: Any, key: Array, cv_state: Any
@@ -229,11 +225,3 @@ def _needs_obj_fn(extra_args: dict[str, Any]) -> str:
         " pass an estimate of your own to the optimizer: tx.update(grads, state,"
         " params, hessian_diag=diag)."
     )
-
-
-def _widened(d: Array) -> Array:
-    return wide(d) if is_differentiable(d) else d
-
-
-def _add(total: Array, d: Array) -> Array:
-    return total + d.astype(total.dtype) if is_differentiable(d) else total

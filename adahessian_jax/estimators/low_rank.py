@@ -51,32 +51,30 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
     a few eigenvalues dominate. No further products are needed. The gain is limited by
     how much the Hessian differs between batches: 2 to 19 times on a fixed batch and 1.7
     to 5 on changing batches of 128, on networks of a few thousand parameters, and none
-    on a transformer of 240,000 (``benchmarks/estimator_accuracy.py``). With batches of
+    on a transformer of 240,000 (``python -m benchmarks.accuracy``). With batches of
     512 it is 7 to 8 times where it was 1.4 to 3.4 with 128
-    (``benchmarks/control_variates.py``).
+    (``python -m benchmarks.accuracy --batch-sizes``).
 
     The basis is the one of largest weight in :math:`B \leftarrow [\sqrt{\rho} B,
     \sqrt{1 - \rho} y]`, from the eigenvectors of its Gram matrix, with :math:`\rho` the
     ``decay``. The eigenvalues are
 
     .. math::
-      \lambda_i = \hat\lambda_i \max \left( 0, 1 - \frac{\mathrm{Var}\,
-      \hat\lambda_i}{\hat\lambda_i^2} \right), \qquad
-      \hat\lambda_i = \frac{\mathrm{EMA}[(q_i \cdot y)(q_i \cdot z)]}
-      {\mathrm{EMA}[(q_i \cdot z)^2]}, \qquad
+      \lambda_i = \hat\lambda_i \max \left( 0, 1 - \frac{\mathrm{Var}\, \hat\lambda_i}
+      {\hat\lambda_i^2} \right), \qquad \hat\lambda_i = \frac{\mathrm{EMA}
+      [(q_i \cdot y)(q_i \cdot z)]}{\mathrm{EMA}[(q_i \cdot z)^2]}, \qquad
       \mathrm{Var}\, \hat\lambda_i \approx \frac{\|H q_i\|^2 + \hat\lambda_i^2}{n_i}
 
     where :math:`\|H q_i\|^2 \approx \mathrm{EMA}[(q_i \cdot y)^2] / \mathrm{EMA}[(q_i
     \cdot z)^2]` and :math:`n_i` is the effective number of samples in the averages. The
-    factor leaves a direction out until it is known well enough to be of use. The
-    averages take each sample in the basis from before it, because directions chosen
-    with a sample's help say too much about that sample.
+    factor leaves a direction out until it is known well enough to be of use. Averages
+    take each sample in the basis from before it: directions chosen with a sample's help
+    say too much about that sample.
 
     Args:
       rank: how many directions are tracked, at least 1. The state takes that many
-        copies of the parameters, and an update works on one more for a while. With an
-        ``axis_name`` all devices track the same, from the mean of their products, which
-        is a second average of the size of the parameters.
+        copies of the parameters, an update one more. With an ``axis_name`` all devices
+        track the same, from the mean of their products: one more average over them.
       decay: of the averages, in [0, 1): how long old products count.
 
     Returns:
@@ -111,8 +109,7 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
             )
         dtype = accumulation_dtype(*floats)
 
-        def stacked(x: Any) -> Array:
-            # Sharded like x.
+        def stacked(x: Any) -> Array:  # sharded like x
             return jnp.broadcast_to(jnp.zeros_like(x), (rank, *jnp.shape(x)))
 
         shapes = (rank,), (3, rank, rank), (), ()
@@ -123,8 +120,8 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
         state: LowRankState, probes: Any, product: Product, *, axis_name: Any, **_: Any
     ) -> tuple[optax.Updates, LowRankState]:
         z, rebuild = split_differentiable(probes)
-        y, _ = split_differentiable(product(), probes)
-        raw_y, y = y, _finite_part(y)
+        y = split_differentiable(product(), probes)[0]
+        raw_y, y = y, _finite_part(y)  # the rest would stay in the averages for ever
         q, rebuild_basis = split_differentiable(state.basis)
         dtype = state.lengths.dtype
         qz, qy = _dots(q, z, state.lengths), _dots(q, y, state.lengths)
@@ -204,10 +201,7 @@ def _eigenvalues(state: LowRankState) -> Array:
 
 
 def _finite_part(y: Floats) -> Floats:
-    """Return a product with zeros for what would stay in the averages for ever.
-
-    That is, its entries that are not finite, or all if their squares overflow.
-    """
+    """Return a product with 0 where it is not finite, or all 0 if squares overflow."""
     y = [jnp.where(jnp.isfinite(a), a, 0) for a in y]
     usable = jnp.isfinite(squared_norm(y))
     return [jnp.where(usable, a, 0) for a in y]
@@ -216,10 +210,7 @@ def _finite_part(y: Floats) -> Floats:
 def _dots(q: Floats, x: Floats, like: Array) -> Array:
     """Return the product of each direction of a basis with a vector."""
     # Not a matrix product, which JAX refuses where q is sharded by explicit types.
-    products = [
-        jnp.sum(
-            a.astype(like.dtype) * b.astype(like.dtype)[None], axis=range(1, a.ndim)
-        )
-        for a, b in zip(q, x, strict=True)
-    ]
+    pairs = zip(q, x, strict=True)
+    wide = ((a.astype(like.dtype), b.astype(like.dtype)[None]) for a, b in pairs)
+    products = [jnp.sum(a * b, axis=range(1, a.ndim)) for a, b in wide]
     return sum(products, start=jnp.zeros_like(like))

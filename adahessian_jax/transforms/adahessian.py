@@ -14,7 +14,6 @@ from adahessian_jax._src.checks import check_float, check_float_dtype, check_lik
 from adahessian_jax._src.curvature_average import CurvatureAverage, zeros_like
 from adahessian_jax._src.curvature_state import CurvatureState, nan_if_stale
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax._src.estimator import Curvature
 from adahessian_jax._src.moving_average import as_dtype, debias, ema, is_static
 from adahessian_jax._src.orthogonal import Bases, rotate
 from adahessian_jax.estimators.eigenbasis import find_bases
@@ -50,8 +49,8 @@ def scale_by_adahessian(
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale updates by a moving average of the Hessian's diagonal.
 
-    This is :func:`adahessian_jax.adahessian`, which see for the formula and all
-    arguments, without weight decay and learning rate.
+    This is :func:`adahessian_jax.adahessian`, which see for the formula and arguments,
+    without weight decay and learning rate.
 
     Args:
       b1: decay rate of the moving average of the gradient, in [0, 1).
@@ -59,74 +58,54 @@ def scale_by_adahessian(
       eps: added to the denominator, at least 0.
       hessian_power: exponent of the curvature in the denominator, above 0.
       hessian_ema: ``"rms"`` or ``"mean"``.
-      estimator: a transformation whose update returns the Hessian's diagonal;
-        ``hutchinson()`` by default.
+      estimator: its update returns the Hessian's diagonal; ``hutchinson()`` by default.
       update_interval: estimate on every so many-th update, at least 1.
       initial_refreshes: before that, estimate on each of so many first updates.
       averaging: a rule ``(path, leaf) -> leaf`` applied to the estimate.
-      clip_threshold: bound of the entries of the update, above 0, in the axes in which
-        the curvature is diagonal; None for no bound.
+      clip_threshold: bound of the update's entries, above 0, in the axes in which the
+        curvature is diagonal; None for no bound.
       mu_dtype: dtype in which ``mu`` is kept; by default that of the parameter.
       nu_dtype: dtype in which ``nu`` is kept; by default that of the parameter.
 
     Returns:
-      A transformation, with a :class:`ScaleByAdaHessianState`. Its ``update`` takes
+      A transformation, with a :class:`.ScaleByAdaHessianState`. Its ``update`` takes
       ``obj_fn`` or whatever the estimator needs, or ``hessian_diag``, and returns
-      updates of the structure, shapes and dtypes of the incoming ones; parameters that
-      are not floating point get an update of zero.
+      updates of the structure, shapes and dtypes of the incoming ones, zero for
+      parameters that are not floating point.
 
     Raises:
-      ValueError: if an argument is out of range; at update, if ``params`` is missing
-        or an estimate does not match it.
+      ValueError: if an argument is out of range; at update, if ``params`` is missing or
+        an estimate does not match it.
       TypeError: if an argument is of the wrong type, or a parameter is complex.
 
     Examples:
       >>> import jax, optax, jax.numpy as jnp
       >>> import adahessian_jax as ah
       >>> def loss(w): return jnp.sum(jnp.array([1.0, 100.0]) * w**2)
-      >>> tx = optax.chain(ah.scale_by_adahessian(), optax.scale(-1.0))
-      >>> w = jnp.array([1.0, 1.0])
-      >>> state = tx.init(w)
-      >>> updates, state = tx.update(jax.grad(loss)(w), state, w, obj_fn=loss)
+      >>> tx, w = optax.chain(ah.scale_by_adahessian(), optax.scale(-1.0)), jnp.ones(2)
+      >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)
       >>> optax.apply_updates(w, updates).round(4).tolist()
       [0.0, 0.0]
 
     References:
-      Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
-      <https://arxiv.org/abs/2006.00719>`_, 2021, algorithm 1
+      Yao et al., `ADAHESSIAN <https://arxiv.org/abs/2006.00719>`_, 2021, algorithm 1
     """
-    curvature_average = CurvatureAverage(
-        b2=b2,
-        hessian_ema=hessian_ema,
-        estimator=hutchinson() if estimator is None else estimator,
-        update_interval=update_interval,
-        initial_refreshes=initial_refreshes,
-        averaging=averaging,
-        nu_dtype=nu_dtype,
-    )
-    return divide_by(
-        curvature_average,
-        b1=b1,
-        eps=eps,
-        hessian_power=hessian_power,
-        clip_threshold=clip_threshold,
-        mu_dtype=mu_dtype,
-    )
+    if estimator is None:
+        estimator = hutchinson()
+    when = update_interval, initial_refreshes
+    average = CurvatureAverage(b2, hessian_ema, estimator, *when, averaging, nu_dtype)
+    return divide_by(average, b1, eps, hessian_power, clip_threshold, mu_dtype)
 
 
 def divide_by(
     curvature_average: CurvatureAverage,
-    *,
-    b1: ArrayLike,
-    eps: ArrayLike,
-    hessian_power: ArrayLike,
-    clip_threshold: ArrayLike | None = None,
-    mu_dtype: DTypeLike | None = None,
+    b1: Any,
+    eps: Any,
+    hessian_power: Any,
+    clip_threshold: Any = None,
+    mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Divide an average of the gradient by one of curvature.
-
-    This is :func:`scale_by_adahessian` with an average that may be of another kind.
-    """
+    """Divide an average of the gradient by one of curvature, of any kind."""
     check_float("b1", b1, 0.0, 1.0)
     check_float("eps", eps, 0.0)
     check_float("hessian_power", hessian_power, 0.0, exclusive=True)
@@ -139,31 +118,22 @@ def divide_by(
         return ScaleByAdaHessianState(zeros_like(params, mu_dtype), curvature)
 
     def update_fn(
-        updates: optax.Updates,
-        state: ScaleByAdaHessianState,
-        params: optax.Params | None = None,
-        *,
-        curvature: Curvature | None = None,
-        hessian_diag: optax.Updates | None = None,
-        **extra_args: Any,
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         _check_state(state, params)
-        if hessian_diag is not None and _is_turned(state):
+        turned = any(find_bases(state.curvature.estimator_state, 1))
+        if turned and extra_args.get("hessian_diag") is not None:
             raise ValueError(
                 "hessian_diag must not be given to an optimizer in turned axes: it is"
                 " the diagonal in the parameters' own. Pass what the estimator needs,"
                 " predict_fn, or use an estimator that is not in_eigenbasis(...)."
             )
         average = curvature_average.update(
-            updates,
-            state.curvature,
-            params,
-            curvature=curvature,
-            hessian_diag=hessian_diag,
-            **extra_args,
+            updates, state.curvature, params, **extra_args
         )
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), updates, state.mu)
-        mu_scale = debias(b1, average.count) * nan_if_stale(curvature, state.curvature)
+        mu_scale = debias(b1, average.count)
+        mu_scale *= nan_if_stale(extra_args.get("curvature"), state.curvature)
         nu_scale = curvature_average.bias_correction(average)
         # Of the denominator without eps, which is homogeneous in nu.
         power = as_dtype(hessian_power, nu_scale.dtype) / curvature_average.order
@@ -203,7 +173,3 @@ def _check_state(state: Any, params: optax.Params | None) -> None:
         )
     if params is not None:
         check_like("state.mu", state.mu, params)
-
-
-def _is_turned(state: ScaleByAdaHessianState) -> bool:
-    return any(find_bases(state.curvature.estimator_state, 1))

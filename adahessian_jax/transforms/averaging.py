@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Averaging rules: share one curvature among the entries of a kernel or a block.
 
-A rule is a function of ``(path, leaf)``, where ``path`` is the leaf's path in the tree
-as a tuple of ``jax.tree_util`` keys and ``leaf`` is its estimated diagonal. It returns
-the averaged leaf, in any shape that broadcasts to that of the leaf, or the leaf itself
-where it does not apply.
+A rule takes ``(path, leaf)``, the path of a leaf as a tuple of ``jax.tree_util`` keys
+and its estimated diagonal. It returns the averaged leaf, in any shape that broadcasts
+to that of the leaf, or the leaf itself where it does not apply.
 """
 
 import math
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src.averaging_rule import AveragingRule, KeyPath
-from adahessian_jax._src.checks import check_callable, check_flag, check_int
+from adahessian_jax._src.checks import check_callable, check_flag, check_int, require
 from adahessian_jax._src.xla import mean_of_few
 
 
@@ -28,21 +27,21 @@ def conv_spatial_average(
     r"""Average the curvature over the spatial axes of convolution kernels.
 
     For kernels laid out as Flax does, ``(*spatial, in, out)``, with any number of
-    spatial axes. Axes in front of the spatial ones, as a scanned stack of layers has,
-    are kept apart. The average has size 1 along the spatial axes, so the optimizer
-    also stores its moving average at that size: a ninth for 3x3 kernels.
+    spatial axes. Axes in front of these, as a scanned stack of layers has, are kept
+    apart. The average has size 1 along the spatial axes, and so has the moving average
+    that the optimizer stores: a ninth for 3x3 kernels.
 
     Args:
       spatial_ndim: the number of spatial axes, those before the last two. None takes
-        all axes but the last two, which is wrong for scanned layers: say 2 for a
-        scanned stack of two-dimensional convolutions.
+        all but the last two, which is wrong for scanned layers: say 2 for a scanned
+        stack of two-dimensional convolutions.
       abs_first: average absolute values, as published. False averages with the sign,
         which makes errors of the estimate cancel and is several times more accurate.
       is_conv: which leaves are convolution kernels, a function of ``(path, leaf)``. By
-        default, those with three axes or more and "conv" in their path, whatever the
-        case: the number of axes alone does not tell a convolution from an attention
-        projection. Where modules are named otherwise, say
-        ``is_conv=lambda path, leaf: leaf.ndim == 4`` for example.
+        default, those with three axes or more and "conv" in their path, in any case:
+        the number of axes alone does not tell a convolution from an attention
+        projection. Where modules are named otherwise, pass ``lambda path, leaf:
+        leaf.ndim == 4`` for example.
 
     Returns:
       A rule for the ``averaging`` argument of :func:`adahessian_jax.adahessian`.
@@ -66,8 +65,7 @@ def conv_spatial_average(
     if spatial_ndim is not None:
         check_int("spatial_ndim", spatial_ndim, 1)
     check_flag("abs_first", abs_first)
-    if is_conv is None:
-        is_conv = _named_conv
+    is_conv = _named_conv if is_conv is None else is_conv
     check_callable("is_conv", is_conv, "(path, leaf) -> bool")
 
     def rule(path: KeyPath, leaf: Array) -> Array:
@@ -82,13 +80,9 @@ def conv_spatial_average(
                 f" {leaf.shape}: kernels are (*spatial, in, out). Say which leaves are"
                 " kernels with is_conv=."
             )
-        spatial = leaf.shape[first:-2]
-        positions = leaf.reshape(
-            *leaf.shape[:first], math.prod(spatial), *leaf.shape[-2:]
-        )
-        if abs_first:
-            positions = jnp.abs(positions)
-        mean = mean_of_few(positions, axis=first)
+        n_positions = math.prod(leaf.shape[first:-2])
+        positions = leaf.reshape(*leaf.shape[:first], n_positions, *leaf.shape[-2:])
+        mean = mean_of_few(jnp.abs(positions) if abs_first else positions, axis=first)
         return jnp.expand_dims(mean, tuple(range(first, first + n)))
 
     return rule
@@ -103,6 +97,10 @@ def block_average(
 ) -> AveragingRule:
     """Average the curvature over blocks of consecutive entries along an axis.
 
+    The official code for transformers averages absolute values over blocks of the
+    flattened ``(out, in)``, of matrices only: ``axis=0`` of a kernel ``(in, out)``,
+    with ``is_blocked=lambda path, leaf: leaf.ndim == 2``.
+
     Args:
       axis: the axis along which the blocks lie; negative counts from the end.
       size: the number of entries in a block, at least 1; must divide the axis.
@@ -112,12 +110,10 @@ def block_average(
         those with two axes or more.
 
     Returns:
-      A rule for the ``averaging`` argument of :func:`adahessian_jax.adahessian`. It
-      keeps the shape of the leaf.
+      A rule for ``averaging`` of :func:`adahessian_jax.adahessian` that keeps shapes.
 
     Raises:
-      ValueError: if ``size`` < 1; when applied, if a leaf has no such axis or the axis
-        is not a multiple of ``size``.
+      ValueError: if ``size`` < 1; when applied, if it does not divide such an axis.
       TypeError: if an argument is of the wrong type.
 
     Examples:
@@ -130,18 +126,12 @@ def block_average(
     References:
       Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
       <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.2 and equation 10
-
-    .. note::
-      The official code for transformers averages absolute values over blocks of the
-      flattened matrix ``(out, in)``, of matrices only. That is ``axis=0`` of a kernel
-      ``(in, out)``, with ``is_blocked=lambda path, leaf: leaf.ndim == 2``.
     """
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"axis must be an int, got {axis!r}.")
+    is_int = isinstance(axis, int) and not isinstance(axis, bool)
+    require(is_int, TypeError, "axis", "an int", axis)
     check_int("size", size, 1)
     check_flag("abs_first", abs_first)
-    if is_blocked is None:
-        is_blocked = _is_matrix
+    is_blocked = _is_matrix if is_blocked is None else is_blocked
     check_callable("is_blocked", is_blocked, "(path, leaf) -> bool")
 
     def rule(path: KeyPath, leaf: Array) -> Array:
@@ -156,8 +146,7 @@ def block_average(
             )
         ax = axis % leaf.ndim
         blocks = leaf.reshape(*leaf.shape[:ax], -1, size, *leaf.shape[ax + 1 :])
-        if abs_first:
-            blocks = jnp.abs(blocks)
+        blocks = jnp.abs(blocks) if abs_first else blocks
         mean = jnp.mean(blocks, axis=ax + 1, keepdims=True)
         return jnp.broadcast_to(mean, blocks.shape).reshape(leaf.shape)
 
@@ -169,5 +158,4 @@ def _named_conv(path: KeyPath, leaf: Array) -> bool:
 
 
 def _is_matrix(path: KeyPath, leaf: Array) -> bool:
-    del path
     return leaf.ndim >= 2
