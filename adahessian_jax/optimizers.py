@@ -77,17 +77,15 @@ def adahessian(
       update_interval: estimate at counts 0, k, 2k, ... for an interval of k >= 1. With
         the int 1 there is no conditional in the compiled update.
       initial_refreshes: before that, estimate at each count below this number.
-      averaging: shares curvature in a tensor: :func:`adahessian_jax.block_average`,
-        :func:`adahessian_jax.conv_spatial_average`, or a rule ``(path, leaf) -> leaf``.
+      averaging: a rule, such as :func:`adahessian_jax.conv_spatial_average` makes.
       clip_threshold: bound of an update's entries, above 0, before decay and learning
         rate, as in Sophia; None for no bound. It is ``optax.clip``, but in the turned
         axes of :func:`adahessian_jax.in_eigenbasis`.
       weight_decay: decoupled weight decay, at least 0.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
-      mu_dtype: dtype in which the average of the gradient is kept; by default that of
-        the parameter. Arithmetic is done in float32 or wider in any case.
-      nu_dtype: the same for the average of the curvature. For half-precision parameters
-        pass ``jnp.float32``: with ``b2=0.999`` steps are too small for bfloat16.
+      mu_dtype: dtype of the average of the gradient, by default the parameter's.
+      nu_dtype: the same for the curvature. Arithmetic is in float32 or wider, but store
+        in ``jnp.float32``: with ``b2=0.999`` steps are too small for bfloat16.
 
     Returns:
       An ``optax.GradientTransformationExtraArgs``. Its ``update`` needs more than the
@@ -96,8 +94,7 @@ def adahessian(
       - ``obj_fn``, parameters to scalar loss, for :func:`adahessian_jax.hutchinson`;
       - ``predict_fn``, parameters to outputs, for :func:`adahessian_jax.gauss_newton`;
       - ``curvature``, of :func:`adahessian_jax.value_and_grad_with_curvature`;
-      - ``hessian_diag``, an estimate of your own, of the structure and shapes of the
-        parameters, used at the counts at which one is due.
+      - ``hessian_diag``, your own estimate, in the form of ``params``, used when due.
 
     Raises:
       ValueError: if an argument is out of range; at update, if ``params`` or all ways
@@ -180,13 +177,12 @@ def newton(
     of a gradient more, by :func:`adahessian_jax.scale_by_quadratic_model`.
 
     Args:
-      learning_rate: a number or a schedule; None for its own rate. Start at
-        three times a tuned AdamW's, but at most at 0.1: over seven tasks the best rate
-        found was 1 to 3 times AdamW's best, 3 times in the median.
+      learning_rate: a number or a schedule; None for its own rate. Start at three times
+        a tuned AdamW's, at most at 0.1: over seven tasks the best rate was 1 to 3 times
+        AdamW's best, 3 times in the median.
       loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
       b1: decay rate of the average of the gradient, in [0, 1).
-      b2: decay rate of the average of the curvature, in [0, 1). 0.9 is an average of
-        the last 10 estimates; more remembers curvature that is gone.
+      b2: the same for the curvature: 0.9 averages 10 estimates, more are out of date.
       eps: added to the denominator, at least 0.
       clip_threshold: bound of an update's entries in the turned axes, above 0, before
         decay and learning rate. 0.1 is the best of .03, .1 and .3 on three tasks.
@@ -220,10 +216,10 @@ def newton(
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> import adahessian_jax as ah
-      >>> loss = ah.losses.squared_error
       >>> x, y = jnp.array([[9.0, 9.1], [5.0, 4.8], [-7.0, -7.2]]), jnp.ones((3, 1))
       >>> def predict(w): return x @ w
-      >>> tx, w = ah.newton(None, loss), jnp.zeros((2, 1))
+      >>> loss, w = ah.losses.squared_error, jnp.zeros((2, 1))
+      >>> tx = ah.newton(None, loss)
       >>> state = tx.init(w)
       >>> for _ in range(100):
       ...   value, grads = jax.value_and_grad(lambda w: loss(predict(w), y))(w)
@@ -234,9 +230,9 @@ def newton(
 
     References:
       George et al., `EKFAC <https://arxiv.org/abs/1806.03884>`_, 2018; Vyas et al.,
-      `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024. The settings were chosen by
-      ``python -m benchmarks.training``, which compares it with AdamW, Muon, Sophia and
-      the published forms, on other seeds than those that are reported.
+      `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024. Settings were chosen, on other
+      seeds than those reported, by ``python -m benchmarks.training``, which compares it
+      with AdamW, Muon, Sophia and the published forms.
     """
     if isinstance(learning_rate, Loss):
         raise TypeError(
@@ -297,9 +293,7 @@ def decoupled_weight_decay(
     return optax.masked(decay, lambda updates: jax.tree.map(is_differentiable, updates))
 
 
-def scale_by_rate(
-    learning_rate: Any, name: str = "learning_rate"
-) -> optax.GradientTransformation:
+def scale_by_rate(learning_rate: Any, name: str = "learning_rate") -> Any:
     """Return ``optax.scale_by_learning_rate``, its argument checked."""
     if not callable(learning_rate):
         check_float(name, learning_rate, 0.0)

@@ -18,8 +18,7 @@ import adahessian_jax as ah
 STEPS, SAVE_EVERY = 40, 4
 folder, file = sys.argv[1:]
 
-control = ah.low_rank_control(2)
-estimator = ah.hutchinson(control_variate=control)
+estimator = ah.hutchinson(control_variate=ah.low_rank_control(2))
 tx = ah.adahessian(0.05, estimator=estimator, update_interval=3)
 params = {"w": jnp.ones((6, 5)) / 3, "v": jnp.ones((5, 1)) / 2}
 
@@ -39,22 +38,16 @@ def step(params, state, x):
     return optax.apply_updates(params, updates), state
 
 
-def batch(t):
-    rows = np.random.default_rng(t).normal(size=(16, 6))
-    return jnp.asarray(rows, jnp.float32)
-
-
 carry, start = (params, tx.init(params)), 0
-with ocp.CheckpointManager(
-    folder, options=ocp.CheckpointManagerOptions(max_to_keep=2)
-) as manager:
+options = ocp.CheckpointManagerOptions(max_to_keep=2)
+with ocp.CheckpointManager(folder, options=options) as manager:
     if manager.latest_step() is not None:
         start = manager.latest_step()
         carry = manager.restore(start, args=ocp.args.StandardRestore(carry))
     print("from", start, flush=True)
     for t in range(start, STEPS):
         print("step", t, flush=True)
-        carry = step(*carry, batch(t))
+        carry = step(*carry, jax.random.normal(jax.random.key(t), (16, 6)))
         if (t + 1) % SAVE_EVERY == 0:
             manager.save(t + 1, args=ocp.args.StandardSave(carry))
             print("saving", t + 1, flush=True)

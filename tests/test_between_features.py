@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features in pairs: each of the 758 valid pairs of the factors below is in a case.
 
-60 cases are enough for that; the others hold three features that failed together. Each
+61 cases are enough for that; one more holds three features that failed together. Each
 trains a small network for a few steps by the library, and the parameters after each are
 held against the formulas, written out here for dense float64 matrices and the probes
 that follow from the seed.
@@ -83,9 +83,7 @@ def covering(seed=1, attempts=10):
         for name in rng.sample(list(FACTORS), len(FACTORS)):
             if name not in case:
                 values = rng.sample(FACTORS[name], len(FACTORS[name]))
-                valid = [
-                    {**case, name: v} for v in values if is_valid({**case, name: v})
-                ]
+                valid = list(filter(is_valid, [{**case, name: v} for v in values]))
                 if not valid:
                     return {}  # three that can't be together
                 case = max(valid, key=lambda c: len(pairs_of(c) & missing))
@@ -131,15 +129,13 @@ class Linen(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
-        hidden = nn.tanh(dense(HIDDEN)(x))
-        return dense(OUTPUTS)(hidden)
+        return dense(OUTPUTS)(nn.tanh(dense(HIDDEN)(x)))
 
 
 class Nnx(nnx.Module):
     def __init__(self, dtype):
-        linear = functools.partial(
-            nnx.Linear, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
-        )
+        options = {"dtype": dtype, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
+        linear = functools.partial(nnx.Linear, **options)
         self.a, self.b = linear(INPUTS, HIDDEN), linear(HIDDEN, OUTPUTS)
 
     def __call__(self, x):
@@ -169,11 +165,8 @@ def contained(case):
         treedef = jax.tree.structure(nnx.state(model, nnx.Param))
         nnx.update(model, jax.tree.unflatten(treedef, leaves))
         return model, lambda model, x: model(x)
-    names = ("Dense_0", "Dense_1")
-    params = {
-        n: {"bias": b, "kernel": w}
-        for n, b, w in zip(names, (b1, b2), (w1, w2), strict=True)
-    }
+    params = {"Dense_0": {"bias": b1, "kernel": w1}}
+    params |= {"Dense_1": {"bias": b2, "kernel": w2}}
     if case.container == "linen":
         return params, lambda p, x: Linen(case.dtype).apply({"params": p}, x)
     return params, lambda p, x: network(jax.tree.leaves(p), x)
@@ -192,8 +185,7 @@ def dense_cross_entropy_of(f, y):
 
 def softmax_factor(f, u, y):
     del y
-    p = np.exp(f - f.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+    p = np.exp(f) / np.exp(f).sum(axis=-1, keepdims=True)
     half = np.sqrt(p) * u
     return half - p * half.sum(axis=-1, keepdims=True)
 
@@ -254,14 +246,12 @@ def needs_labels(case):
 
 
 def make_estimator(case):
-    loss, axis_name = LOSSES[case.loss][0], None
-    if case.devices == "shard_map":
-        axis_name = "data"
-    hutchinson = functools.partial(ah.hutchinson, seed=SEED, axis_name=axis_name)
+    loss = LOSSES[case.loss][0]
+    axis_name = "data" if case.devices == "shard_map" else None
+    options = {"seed": SEED, "axis_name": axis_name}
+    hutchinson = functools.partial(ah.hutchinson, **options)
     normal = functools.partial(hutchinson, probe="normal")
-    gauss_newton = functools.partial(
-        ah.gauss_newton, loss, seed=SEED, axis_name=axis_name
-    )
+    gauss_newton = functools.partial(ah.gauss_newton, loss, **options)
     low_rank = ah.low_rank_control(RANK, decay=MEMORY)
     control = ah.gauss_newton_control(loss)
     return {
@@ -300,15 +290,12 @@ def make_optimizer(case):
             leaves, treedef = jax.tree.flatten(params)
             return treedef.unflatten(["curved"] * (len(leaves) - 1) + ["sgd"])
 
-        return optax.partition(
-            {"curved": ah.adahessian(**named), "sgd": optax.sgd(SGD)}, labels
-        )
+        parts = {"curved": ah.adahessian(**named), "sgd": optax.sgd(SGD)}
+        return optax.partition(parts, labels)
     if case.wrapper == "inject":
         static = ("estimator", "hessian_ema", "mu_dtype", "nu_dtype")
-        injected = optax.inject_hyperparams(
-            ah.adahessian, static_args=static, hyperparam_dtype=jnp.dtype(wide)
-        )
-        return injected(**named)
+        kinds = {"static_args": static, "hyperparam_dtype": jnp.dtype(wide)}
+        return optax.inject_hyperparams(ah.adahessian, **kinds)(**named)
     tx = ah.adahessian(**named)
     if case.wrapper == "multi_steps":
         steps = optax.MultiSteps(tx, 2, accumulator_dtype=wide)
@@ -335,9 +322,8 @@ class Trained:
             optimizer = nnx.Optimizer(self.model, self.tx, wrt=nnx.Param)
             self.graphdef, self.carry = nnx.split((self.model, optimizer))
         elif case.container == "linen":
-            self.carry = TrainState.create(
-                apply_fn=self.predict, params=self.model, tx=self.tx
-            )
+            options = {"apply_fn": self.predict, "params": self.model, "tx": self.tx}
+            self.carry = TrainState.create(**options)
         else:
             self.carry = self.model, self.tx.init(self.model)
 
@@ -621,9 +607,9 @@ class Oracle:
             rows = blocks[:, part::n_parts]
             weight = self.data[0][rows].sum()
             self.key, subkey = jax.random.split(self.key)
-            keys = [
-                jax.random.fold_in(subkey, i) if n > 1 else subkey for i in range(n)
-            ]
+            keys = [subkey]
+            if n > 1:
+                keys = [jax.random.fold_in(subkey, i) for i in range(n)]
             divisor = 1 if case.loss == "sum" else weight
             weight = 1.0 if case.loss == "sum" else weight
             diag += weight * self.of_part(keys, rows, divisor)
@@ -704,10 +690,19 @@ class Oracle:
 TOLERANCES = {"float64": 1e-8, "float32": 2e-3, "bfloat16": 0.1}
 
 
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: "-".join(dataclasses.astuple(c))
-)
+def needs_newer_versions(case):
+    return (
+        # Older versions draw other signs on several devices.
+        (case.devices != "one" and not hasattr(jax, "shard_map"))
+        or (case.container in ("nnx", "linen") and not hasattr(nnx, "as_pure"))
+        or (case.wrapper == "multi_steps" and not hasattr(nnx, "as_pure"))
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(dataclasses.astuple(c)))
 def test_case(case):
+    if needs_newer_versions(case):
+        pytest.skip("for newer versions of JAX, Flax or optax")
     jax.config.update("jax_enable_x64", case.dtype == "float64")
     try:
         with jax.numpy_dtype_promotion("standard"):
@@ -720,9 +715,8 @@ def test_case(case):
             grads.append(g)
             expected = np.zeros_like(params)
             if case.wrapper != "multi_steps" or t % 2:
-                expected = oracle.update(
-                    params, np.mean(grads, axis=0), hessian, refresh=refresh
-                )
+                mean = np.mean(grads, axis=0)
+                expected = oracle.update(params, mean, hessian, refresh=refresh)
                 grads = []
             error = np.abs(history[t + 1] - params - expected)
             rounding = float(jnp.finfo(case.dtype).eps) * np.abs(params)

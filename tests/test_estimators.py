@@ -70,9 +70,8 @@ def scanned(estimator, params, length, **functions):
     def step(state, _):
         return estimator.update(None, state, params, **functions)[::-1]
 
-    return jax.jit(lambda s: jax.lax.scan(step, s, length=length))(
-        estimator.init(params)
-    )
+    run = jax.jit(lambda s: jax.lax.scan(step, s, length=length))
+    return run(estimator.init(params))
 
 
 def variance_of(h):
@@ -121,7 +120,7 @@ def test_low_rank_control_of_one_direction_and_of_none():
     v, params = jnp.arange(1.0, 6.0), {"w": jnp.ones(5)}
     estimator = ah.hutchinson(control_variate=ah.low_rank_control(3))
     state, diags = scanned(
-        estimator, params, 100, obj_fn=lambda p: jnp.dot(v, p["w"]) ** 2 / 2
+        estimator, params, 100, obj_fn=lambda p: (p["w"] @ v) ** 2 / 2
     )
     assert np.count_nonzero(state.control_variate.lengths) == 1
     errors = np.sum(np.square(np.asarray(diags["w"]) - v**2), axis=1)
@@ -310,16 +309,12 @@ def test_reverse_over_reverse_needs_no_forward_rule():
     np.testing.assert_allclose(got, 6 * w, rtol=1e-6)
 
 
-def test_serves_sophia_and_takes_its_estimator():
+def test_serves_sophia():
     (params, loss), h = quadratic(jnp.float32, diagonal=True)
     with jax.numpy_dtype_promotion("standard"):  # Sophia needs it
         tx = optax.contrib.sophia(1e-2, b2=0.0, hessian_diagonal_fn=ah.hutchinson())
         _, state = tx.update(params, tx.init(params), params, obj_fn=loss)
         np.testing.assert_allclose(ravelled(state[0].nu), np.diag(h), rtol=1e-5)
-        estimator = optax.contrib.hutchinson_estimator_diag_hessian()
-        ours = ah.scale_by_adahessian(b2=0.0, hessian_ema="mean", estimator=estimator)
-        _, state = ours.update(params, ours.init(params), params, obj_fn=loss)
-        np.testing.assert_allclose(ravelled(state.curvature.nu), np.diag(h), rtol=1e-5)
 
 
 # Turned axes ------------------------------------------------------------------------

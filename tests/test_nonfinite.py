@@ -5,7 +5,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import adahessian_jax as ah
@@ -29,39 +28,11 @@ def estimates(steps=14, entries=12):
     return d
 
 
-class Entry:
-    """What should become of one parameter: the rule, without any array."""
-
-    def __init__(self, order):
-        self.order, self.m, self.mean, self.terms, self.left_out = (
-            order,
-            0.0,
-            None,
-            0,
-            0,
-        )
-
-    def step(self, t, g, d, refresh):
-        self.m = B1 * self.m + (1 - B1) * g
-        self.terms += refresh
-        self.left_out += refresh and not np.isfinite(d)
-        if refresh and np.isfinite(d):
-            # The weights of all terms so far, and of the new one.
-            before, after = 1 - B2 ** (self.terms - 1), 1 - B2**self.terms
-            new = d**self.order
-            old = new if self.mean is None else self.mean
-            self.mean = (B2 * before * old + (1 - B2) * new) / after
-        if self.mean is None:
-            return 0.0
-        h = np.sqrt(self.mean) if self.order == 2 else abs(self.mean)
-        return self.m / (1 - B1**t) / h
-
-
 @EMA
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(s) or "every")
 def test_follows_the_rule(schedule, hessian_ema, x64):
-    d = estimates()
-    entries = [Entry(2 if hessian_ema == "rms" else 1) for _ in d[0]]
+    """A mean over finite terms takes the place of those that are not."""
+    d, order = estimates(), 2 if hessian_ema == "rms" else 1
     grads = np.random.default_rng(1).normal(size=d.shape)
     params = {"a": jnp.zeros(8), "b": {"c": jnp.zeros((2, 2))}}
 
@@ -70,21 +41,29 @@ def test_follows_the_rule(schedule, hessian_ema, x64):
 
     tx = ah.scale_by_adahessian(B1, B2, eps=0.0, hessian_ema=hessian_ema, **schedule)
     step = jax.jit(lambda g, s, d: tx.update(g, s, params, hessian_diag=d))
-    state = tx.init(params)
+    state, m, mean = tx.init(params), 0.0, np.full(12, np.nan)
+    terms = left_out = 0
     for t, (g, row) in enumerate(zip(grads, d, strict=True)):
+        m = B1 * m + (1 - B1) * g
         refresh = t % schedule.get("update_interval", 1) == 0
-        refresh |= t < schedule.get("initial_refreshes", 0)
-        expected = [
-            e.step(t + 1, *numbers, refresh)
-            for e, *numbers in zip(entries, g, row, strict=True)
-        ]
+        if refresh or t < schedule.get("initial_refreshes", 0):
+            terms += 1
+            left_out += np.sum(~np.isfinite(row))
+            # The weights of all terms so far, and of the new one.
+            before, after = 1 - B2 ** (terms - 1), 1 - B2**terms
+            new = np.where(np.isfinite(row), row, np.nan) ** order
+            old = np.where(np.isnan(mean), new, mean)
+            moved = (B2 * before * old + (1 - B2) * new) / after
+            mean = np.where(np.isnan(new), mean, moved)
+        h = np.sqrt(mean) if order == 2 else np.abs(mean)
+        expected = np.nan_to_num(m / (1 - B1 ** (t + 1)) / h)  # none: no step
         updates, state = step(tree(g), state, tree(row))
-        chex.assert_trees_all_close(updates, tree(np.array(expected)), rtol=1e-9)
-        assert state.curvature.nonfinite == sum(e.left_out for e in entries)
-    never = [e.mean is None for e in entries]
+        chex.assert_trees_all_close(updates, tree(expected), rtol=1e-9)
+        assert state.curvature.nonfinite == left_out
+    never = np.isnan(mean[:8])
     assert any(never)
-    np.testing.assert_array_equal(np.isinf(state.curvature.nu["a"]), never[:8])
-    assert ah.diagnostics(state)["nonfinite"] == state.curvature.nonfinite > 20
+    np.testing.assert_array_equal(np.isinf(state.curvature.nu["a"]), never)
+    assert ah.diagnostics(state)["nonfinite"] == left_out > 20
 
 
 def rough(params):
@@ -116,26 +95,13 @@ def test_entries_without_a_second_derivative(dtype):
 
 def test_what_overflows_is_left_out():
     """In the dtype of the estimate, or the average's where that holds squares."""
-    w = jnp.ones(2)
-    for options, left_out in (
-        ({}, 1),
-        ({"hessian_ema": "mean"}, 0),
-        ({"nu_dtype": jnp.float16}, 2),
-    ):
+    w, d = jnp.ones(2), jnp.array([1e20, 300.0], jnp.float32)
+    mean, narrow = {"hessian_ema": "mean"}, {"nu_dtype": jnp.float16}
+    for options, left_out in (({}, 1), (mean, 0), (narrow, 2)):
         tx = ah.scale_by_adahessian(**options)
-        d = jnp.array([1e20, 300.0], jnp.float32)
         updates, state = tx.update(w, tx.init(w), w, hessian_diag=d)
         chex.assert_tree_all_finite(updates)
         assert state.curvature.nonfinite == left_out
-
-    def loss(w):  # curvature above 65,504
-        return jnp.sum(jnp.array([1e5, 10.0]) * w.astype(jnp.float32) ** 2 / 2)
-
-    w = jnp.array([0.01, 0.5], jnp.float16)
-    tx = ah.adahessian(0.1, estimator=ah.hutchinson(2), nu_dtype=jnp.float32)
-    updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, obj_fn=loss)
-    assert updates[0] == 0 > updates[1]
-    assert state[0].curvature.nonfinite == 1
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
@@ -154,20 +120,6 @@ def test_an_entry_that_one_device_cannot_estimate_none_does():
     updates, state = run(w, tx.init(w), kink)
     assert (updates[:, 0] == 0).all() & (updates[:, 1] < 0).all()
     assert (state[0].curvature.nonfinite == 1).all()
-
-
-@jax.numpy_dtype_promotion("standard")  # Adam needs it
-def test_gradients_that_are_not_finite_go_where_they_go_in_adam():
-    tx, adam = ah.scale_by_adahessian(), optax.scale_by_adam()
-    w = jnp.ones(4)
-    state, adam_state = tx.init(w), adam.init(w)
-    rows = [[1, 1, 1, 1], [jnp.nan, jnp.inf, 1, 1], [1, 1, 1, 1], [1, 1, -jnp.inf, 1]]
-    for row in rows:
-        grads = jnp.array(row, jnp.float32)
-        updates, state = tx.update(grads, state, w, hessian_diag=jnp.ones(4))
-        expected, adam_state = adam.update(grads, adam_state, w)
-        np.testing.assert_array_equal(state.mu, adam_state.mu)
-        np.testing.assert_array_equal(np.isfinite(updates), np.isfinite(expected))
 
 
 def test_the_low_rank_control_forgets_what_it_cannot_use():
@@ -198,24 +150,13 @@ def test_counters_saturate():
     tx = ah.scale_by_adahessian(eps=0.0, update_interval=2)
     w = jnp.array([1.0, 2.0, 3.0])
     full = dict.fromkeys(("count", "refreshes", "nonfinite"), jnp.int32(LARGEST - 1))
-    state = tx.init(w)
-    curvature = state.curvature._replace(nu=w**2, **full)
-    state = state._replace(mu=w, curvature=curvature)
+    curvature = tx.init(w).curvature._replace(nu=w**2, **full)
+    state = tx.init(w)._replace(mu=w, curvature=curvature)
     for _ in range(3):
-        d = w.at[2].set(jnp.nan)
-        updates, state = tx.update(w, state, w, hessian_diag=d)
+        updates, state = tx.update(w, state, w, hessian_diag=w.at[2].set(jnp.nan))
         np.testing.assert_allclose(updates, jnp.ones(3), rtol=1e-6)
         assert state.curvature.count == state.curvature.nonfinite == LARGEST
         assert state.curvature.refreshes >= LARGEST - 1
-
-
-def test_zero_curvature_is_a_value_and_no_estimate_is_none():
-    """The published rule, m / eps; and zero."""
-    for first, expected in ((0.0, 1e2), (jnp.nan, 0.0)):
-        tx, w = ah.scale_by_adahessian(eps=1e-2), jnp.ones(2)
-        d = jnp.array([first, 1.0])
-        updates, _ = tx.update(w, tx.init(w), w, hessian_diag=d)
-        np.testing.assert_allclose(updates, [expected, 1 / 1.01], rtol=1e-5)
 
 
 def test_a_leaf_of_more_entries_than_the_count_can_hold():
@@ -233,25 +174,19 @@ def test_a_leaf_of_more_entries_than_the_count_can_hold():
 def test_a_hundred_thousand_updates(interval, hessian_ema, dtype, x64):
     """Counters are exact, averages as exact as rounding once a step lets them be."""
     steps, b1, b2, order = 100_000, 0.9, 0.999, 2 if hessian_ema == "rms" else 1
-    phases = np.array([0.0, 1.0, 2.0, 3.0])
 
     def row(t, cos):  # gradients and curvature, the last with a mean above zero
-        return cos(0.01 * t + phases), 2 + cos(0.37 * t + phases)
+        return cos(0.01 * t + np.arange(4.0)), 2 + cos(0.37 * t + np.arange(4.0))
 
-    tx = ah.scale_by_adahessian(
-        b1, b2, hessian_ema=hessian_ema, update_interval=interval
-    )
-    params = jnp.zeros(4, dtype)
+    options = {"hessian_ema": hessian_ema, "update_interval": interval}
+    tx, params = ah.scale_by_adahessian(b1, b2, **options), jnp.zeros(4, dtype)
 
-    def step(carry, _):
-        g, d = (
-            x.astype(dtype) for x in row(jnp.float64(carry[1].curvature.count), jnp.cos)
-        )
-        return tx.update(g, carry[1], params, hessian_diag=d), None
+    def step(state, t):
+        g, d = (x.astype(dtype) for x in row(jnp.float64(t), jnp.cos))
+        return tx.update(g, state, params, hessian_diag=d)[::-1]
 
-    start = jnp.zeros(4, dtype), tx.init(params)
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])
-    updates, state = run(start)
+    times = jnp.arange(steps)
+    state, updates = jax.jit(lambda s: jax.lax.scan(step, s, times))(tx.init(params))
     m = v = np.zeros(4)
     for t in range(steps):
         g, d = row(t, np.cos)
@@ -263,7 +198,6 @@ def test_a_hundred_thousand_updates(interval, hessian_ema, dtype, x64):
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(state.mu, m, atol=2 * eps / (1 - b1))
     np.testing.assert_allclose(state.curvature.nu, v, rtol=2 * eps / (1 - b2))
-    v_hat = v / (1 - b2**refreshes)
-    expected = m / (np.sqrt(v_hat) if order == 2 else v_hat)
+    h = (v / (1 - b2**refreshes)) ** (1 / order)
     tolerance = 2 * eps / (1 - b1) + 2 * eps / (1 - b2)
-    np.testing.assert_allclose(updates, expected, atol=tolerance)
+    np.testing.assert_allclose(updates[-1], m / h, atol=tolerance)

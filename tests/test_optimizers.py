@@ -12,7 +12,7 @@ import pytest
 import adahessian_jax as ah
 from adahessian_jax import losses
 from adahessian_jax.transforms.adahessian import ScaleByAdaHessianState
-from tests.problems import dense_ggn, mlp, quadratic
+from tests.problems import dense_ggn, quadratic
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(6, 3)), np.array([0, 1, 1, 0, 1, 0])
@@ -116,19 +116,6 @@ def test_bias_is_that_of_the_estimates_there_were(make, interval):
     for t in range(30):
         updates, state = step(state, refresh=t % 10 == 0)
         np.testing.assert_allclose(updates, -1, rtol=1e-4)
-
-
-@pytest.mark.usefixtures("x64")
-def test_is_adam_if_the_estimate_is_the_gradient():
-    params, _ = mlp()
-    tx, adam = ah.scale_by_adahessian(), optax.scale_by_adam()
-    state, adam_state = tx.init(params), adam.init(params)
-    for scale in (1.0, -0.5):
-        grads = jax.tree.map(lambda g, scale=scale: scale * g, params)
-        got, state = tx.update(grads, state, params, hessian_diag=grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax needs it
-            expected, adam_state = adam.update(grads, adam_state, params)
-        close(got, expected, rtol=1e-8)
 
 
 @pytest.mark.usefixtures("x64")
@@ -253,14 +240,15 @@ def test_newton_is_the_chain_of_its_parts(rate, schedule, path):
 
 def test_newton_takes_another_gradient_and_one_rate():
     params = jax.tree.map(jnp.float32, W)
-    x = jnp.asarray(X, jnp.float32)
-    tx = ah.newton(None, SOFTMAX)
     grads = jax.tree.map(jnp.ones_like, params)
-    args = {"predict_fn": lambda p: predict(p, x)}
+    double, tx = (
+        functools.partial(jax.tree.map, lambda x: 2 * x),
+        ah.newton(None, SOFTMAX),
+    )
+    args = {"predict_fn": lambda p: predict(p, jnp.asarray(X, jnp.float32))}
     one, _ = tx.update(grads, tx.init(params), params, **args)
-    twice = jax.tree.map(lambda g: 2 * g, grads)
-    two, _ = tx.update(grads, tx.init(params), params, grad=twice, **args)
-    close(two, jax.tree.map(lambda u: 2 * u, one), rtol=1e-5)
+    two, _ = tx.update(grads, tx.init(params), params, grad=double(grads), **args)
+    close(two, double(one), rtol=1e-5)
     with pytest.raises(ValueError, match="are both rates"):
         ah.newton(0.1, SOFTMAX, schedule=optax.constant_schedule(1.0))
     with pytest.raises(TypeError, match=r"call newton\(0.03, loss\)"):
@@ -301,33 +289,6 @@ def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign):
         close(got, jax.tree.map(lambda x, rate=rate: rate * x, u))
 
 
-def test_quadratic_model_may_stand_before_or_after_the_sign():
-    x = jnp.asarray(X, jnp.float32)
-
-    def loss(w):
-        return losses.squared_error(jnp.dot(x, w), jnp.zeros((6, 1)))
-
-    def final(*parts):
-        tx, w = optax.chain(*parts), jnp.ones((3, 1))
-        state = tx.init(w)
-
-        @jax.jit
-        def step(w, state):
-            g = jax.grad(loss)(w)
-            args = {"grad": g, "predict_fn": lambda w: jnp.dot(x, w)}
-            u, state = tx.update(g, state, w, **args)
-            return w + u, state
-
-        for _ in range(20):
-            w, state = step(w, state)
-        return loss(w)
-
-    model = ah.scale_by_quadratic_model(losses.squared_error)
-    before, after = final(model, optax.scale(-1.0)), final(optax.sgd(1.0), model)
-    np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-6)
-    assert after < 0.05
-
-
 def test_no_curvature_along_the_updates_is_a_rate_of_zero_and_integers_stay():
     w = {"w": jnp.ones(2), "n": jnp.asarray(3)}
     tx = ah.scale_by_quadratic_model(losses.squared_error)
@@ -340,8 +301,6 @@ def test_states_are_those_that_are_documented():
     first, *_ = ah.newton(None, SOFTMAX).init({"w": jnp.ones(2)})
     assert isinstance(first, ScaleByAdaHessianState)
     assert np.all(np.isinf(first.curvature.nu["w"]))
-    assert first.curvature.estimate is None
-    assert bool(first.curvature.refresh_due)
 
 
 # Every estimator --------------------------------------------------------------------
@@ -367,18 +326,24 @@ def test_every_estimator(name):
 
     def functions(loss_scale=1.0, unit=1.0, order="msn"):
         def outputs(p):
-            leaves = [jnp.sin(p[k].astype(float) / unit).ravel() for k in order if p]
+            units = dict.fromkeys("mszao", unit)  # not of "n", which stays
+            parts = [jnp.sin(p[k].astype(float) / units.get(k, 1)) for k in order if p]
+            leaves = map(jnp.ravel, parts)
             return loss_scale**0.5 * jnp.concatenate([jnp.ones(1), *leaves])
 
         if name == "control":
             return {"predict_fn": outputs, "labels": 0.0 * outputs(params)}
-        loss = lambda p: jnp.tanh(jnp.sum(outputs(p) ** 2) / loss_scale) * loss_scale  # noqa: E731
+
+        def loss(p):
+            return loss_scale * jnp.tanh(jnp.sum(outputs(p) ** 2) / loss_scale / 9)
+
         return {"obj_fn": loss, "predict_fn": outputs}
 
     def estimates(p, **options):
-        args, state, diags = functions(**options), estimator.init(p), []
+        step = jax.jit(functools.partial(estimator.update, **functions(**options)))
+        state, diags = estimator.init(p), []
         for _ in range(2):
-            diag, state = estimator.update(None, state, p, **args)
+            diag, state = step(None, state, p)
             diags.append(diag)
         return diags
 
@@ -386,22 +351,17 @@ def test_every_estimator(name):
     tx = ah.scale_by_adahessian(estimator=estimator, eps=1.0)
     update = functools.partial(tx.update, **functions())
     grads = {**params, "n": jnp.zeros(3, int)}
-    eager, compiled = update, jax.jit(update)
-    states = [tx.init(params)] * 2
-    for _ in range(2):
-        (one, state), (other, after) = (
-            f(grads, s, params) for f, s in zip((eager, compiled), states, strict=True)
-        )
-        close((one, state), (other, after), rtol=1e-6, atol=1e-9)
-        states = state, after
-        np.testing.assert_array_equal(one["n"], 0)
-        assert one["s"].shape == ()
+    state = tx.init(params)
+    updates, after = update(grads, state, params)
+    close((updates, after), jax.jit(update)(grads, state, params), rtol=1e-6, atol=1e-9)
+    np.testing.assert_array_equal(updates["n"], 0)
+    assert updates["s"].shape == ()
     assert tx.update({}, tx.init({}), {}, **functions(order=""))[0] == {}
     expected = estimates(params)
     scaled = jax.tree.map(lambda x: x * (3.0 if x.dtype == float else 1), params)
-    times = lambda c: jax.tree.map(lambda d: c * d, expected)  # noqa: E731
-    close(estimates(params, loss_scale=4.0), times(4), rtol=1e-8, atol=1e-10)
-    close(estimates(scaled, unit=3.0), times(1 / 9), rtol=1e-8, atol=1e-10)
+    times = lambda c: jax.tree.map(lambda d: c * np.asarray(d), expected)  # noqa: E731
+    close(estimates(params, loss_scale=4.0), times(4), rtol=1e-6, atol=1e-9)
+    close(estimates(scaled, unit=3.0), times(1 / 9), rtol=1e-6, atol=1e-9)
     if "gauss_newton" in name or name == "in_eigenbasis":  # their signs are of outputs
         renamed = {{"m": "z", "s": "a"}.get(k, k): x for k, x in params.items()}
         for diag, of in zip(estimates(renamed, order="zan"), expected, strict=True):

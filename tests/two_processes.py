@@ -20,21 +20,11 @@ if int(n_processes) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(n_processes), int(process))
 
-from tests.test_devices import (  # noqa: E402
-    PARAMS,
-    P,
-    X,
-    Y,
-    make_optimizer,
-    make_step,
-    mesh_of,
-    on_devices,
-    train,
-)
+from tests import test_devices as td  # noqa: E402
 
 assert jax.device_count() == 8
 assert jax.local_device_count() == n_local
-mesh = mesh_of()
+mesh = td.mesh_of()
 
 
 def placed(tree, spec):
@@ -50,9 +40,9 @@ def placed(tree, spec):
 
 leaves = []
 for name in ("hutchinson", "newton"):
-    tx = make_optimizer(name, "data")
-    step = on_devices("shard_map", make_step(tx, name, "fused", "data"), mesh)
-    start = placed((PARAMS, tx.init(PARAMS)), P())
-    trained = train(step, *start, *placed((X, Y), P("data")), steps=20)
+    tx = td.make_optimizer(name, "data")
+    step = td.on_devices(td.make_step(tx, name, "fused", "data"), mesh)
+    start = placed((td.PARAMS, tx.init(td.PARAMS)), td.P())
+    trained = td.train(step, *start, *placed((td.X, td.Y), td.P("data")), steps=20)
     leaves += [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(trained)]
 np.savez(file, **{str(i): x for i, x in enumerate(leaves)})

@@ -92,8 +92,7 @@ def in_eigenbasis(
       state, an :class:`.EigenbasisState`, of the structure and dtypes of ``params``.
 
     Raises:
-      ValueError: if ``decay``, ``max_dim`` or ``n_vectors`` is out of range, or the
-        estimator has no single factor.
+      ValueError: if an argument is out of range, or ``estimator`` has no single factor.
       TypeError: if an argument is of the wrong type.
 
     Examples:

@@ -40,8 +40,7 @@ def conv_spatial_average(
       is_conv: which leaves are convolution kernels, a function of ``(path, leaf)``. By
         default, those with three axes or more and "conv" in their path, in any case:
         the number of axes alone does not tell a convolution from an attention
-        projection. Where modules are named otherwise, pass ``lambda path, leaf:
-        leaf.ndim == 4`` for example.
+        projection. For other names, say ``lambda path, leaf: leaf.ndim == 4``.
 
     Returns:
       A rule for the ``averaging`` argument of :func:`adahessian_jax.adahessian`.
