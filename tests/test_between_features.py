@@ -129,7 +129,8 @@ class Linen(nn.Module):
     @nn.compact
     def __call__(self, x):
         dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.dtype)
-        return dense(OUTPUTS)(nn.tanh(dense(HIDDEN)(x)))
+        hidden = nn.tanh(dense(HIDDEN)(x))  # first, for the order of names
+        return dense(OUTPUTS)(hidden)
 
 
 class Nnx(nnx.Module):

@@ -42,12 +42,6 @@ def digits(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def plays(tmp_path):
-    (tmp_path / "a.md").write_text("## ACT I\n\n**HAMLET**  \nTo be, or not.  \n" * 50)
-    return tmp_path
-
-
 def test_load_digits(digits):
     data = demo_data.load_digits(digits)
     assert data.train.inputs.shape == (40, 8, 8, 1)
@@ -162,7 +156,8 @@ def test_a_run_shows_what_it_did_and_repeats_with_the_seed(
 
 @SLOW
 @pytest.mark.parametrize("task", ["digits", "shakespeare"])
-def test_whole_runs_of_the_networks(task, digits, plays, monkeypatch):
+def test_whole_runs_of_the_networks(task, digits, monkeypatch):
+    (digits / "a.md").write_text("**HAMLET**  \nTo be, or not.  \n" * 70)
     monkeypatch.chdir(digits)
     argv = [f"--task={task}", f"--data={digits}", "--batch-size=4", "--adam-lr=0.01"]
     argv += ["--steps=8", "--newton-lr=0.03"]

@@ -71,23 +71,17 @@ def loss_and_outputs(params, x, y):
     return LOSS(outputs, y), outputs
 
 
-def make_estimator(name, axis_name=None, loss=LOSS):
-    gauss_newton = ah.gauss_newton(loss, axis_name=axis_name)
-    if name == "gauss-newton":
-        return gauss_newton
-    if name == "in-eigenbasis":
-        return ah.in_eigenbasis(gauss_newton, max_dim=16, n_vectors=4)
-    control = {
-        "hutchinson": None,
-        "low-rank": ah.low_rank_control(2),
-        "gauss-newton-control": ah.gauss_newton_control(loss),
-    }[name]
-    return ah.hutchinson(control_variate=control, axis_name=axis_name)
-
-
 ESTIMATORS = ("hutchinson", "low-rank", "gauss-newton-control", "gauss-newton")
 ESTIMATORS += ("in-eigenbasis",)
 OPTIMIZERS = (*ESTIMATORS, "newton")
+
+
+def make_estimator(name, axis_name=None, loss=LOSS):
+    over, factor = {"axis_name": axis_name}, ah.gauss_newton(loss, axis_name=axis_name)
+    controls = None, ah.low_rank_control(2), ah.gauss_newton_control(loss)
+    estimators = [ah.hutchinson(control_variate=c, **over) for c in controls]
+    estimators += [factor, ah.in_eigenbasis(factor, max_dim=16, n_vectors=4)]
+    return dict(zip(ESTIMATORS, estimators, strict=True))[name]
 
 
 def make_optimizer(name, axis_name=None, estimator=None, **options):
@@ -212,26 +206,21 @@ def collectives(step, *args):
     """Count what is exchanged in a compiled program, by kind and shape."""
     text = step.lower(*args).compile().as_text()
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    found = collections.Counter()
-    for shapes, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text):
-        for shape in re.findall(r"\w+\[[\d,]*\]", shapes):
-            found[kind, shape] += 1
-    return found
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    shapes = [(kind, re.findall(r"\w+\[[\d,]*\]", shape)) for shape, kind in found]
+    return collections.Counter((kind, x) for kind, more in shapes for x in more)
 
 
 def placed_like(x, other):
     """Put an array where another is, which may be on no device in particular."""
-    devices = other.sharding.device_set
-    return jax.device_put(x, other.sharding if len(devices) > 1 else None)
+    many = len(other.sharding.device_set) > 1
+    return jax.device_put(x, other.sharding if many else None)
 
 
 # Explicit axes, where they are to be had, and automatic ones with more to count.
 MESHES = [("Auto", "function"), ("Explicit", "fused"), ("Explicit", PARTS)]
-MESH_CASES = [
-    (name, *MESHES[(i + j) % 3], j == 1)
-    for i, name in enumerate(OPTIMIZERS)
-    for j in range(2)
-]
+BOTH = [(i, name, j) for i, name in enumerate(OPTIMIZERS) for j in range(2)]
+MESH_CASES = [(name, *MESHES[(i + j) % 3], j == 1) for i, name, j in BOTH]
 
 
 @pytest.mark.parametrize(("name", "kind", "path", "sharded"), MESH_CASES)
