@@ -15,13 +15,13 @@ OPTIMIZERS = {
     "L-BFGS": BLACK,
     "AdaHessian": BLUE,
     "AdaHessian, Gauss-Newton": GREEN,
-    "Gauss-Newton in eigenbasis": SKY,
-    "relative curvature": PURPLE,
+    "newton": PURPLE,
+    "newton, own rate": SKY,
 }
 ESTIMATORS = {
     "optax's Hutchinson": BLACK,
     "hutchinson": BLUE,
-    "microbatched": SKY,
+    "hutchinson, 2 samples": SKY,
     "low_rank_control": AMBER,
     "gauss_newton_control": PURPLE,
     "gauss_newton": GREEN,

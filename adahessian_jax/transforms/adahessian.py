@@ -121,7 +121,7 @@ def divide_by(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         _check_state(state, params)
-        turned = any(find_bases(state.curvature.estimator_state, 1))
+        turned = any(find_bases(state, 1))
         if turned and extra_args.get("hessian_diag") is not None:
             raise ValueError(
                 "hessian_diag must not be given to an optimizer in turned axes: it is"
