@@ -89,6 +89,10 @@ def test_adahessian(x64):
     assert largest_difference(ours, params) > 0.1
 
 
+@pytest.mark.skipif(
+    not hasattr(jax, "shard_map"),
+    reason="older versions round otherwise where bases are not unique",
+)
 @pytest.mark.parametrize(
     ("shapes", "learning_rate", "tolerance"),
     [(UNIQUE, 0.1, 1e-11), (UNIQUE, None, 1e-10), (WIDE, 0.1, 1e-7)],
