@@ -245,3 +245,23 @@ def test_what_the_loss_has_beside_that_of_the_outputs_is_in_the_controlled_estim
     np.testing.assert_allclose(value, 5**2 / 2 + 0.25 * 5.25, rtol=1e-6)
     np.testing.assert_allclose(grads, 5 * x + 0.5 * w, rtol=1e-6)
     np.testing.assert_allclose(curvature.estimate, x**2 + 0.5, rtol=1e-6)
+
+
+def test_groups_share_an_estimator_whose_seed_is_traced():
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+
+    def loss(p):
+        return jnp.sum(p["a"] ** 4) + jnp.sum(p["b"] ** 4)
+
+    def step(key):
+        estimator = ah.hutchinson(seed=key)
+        groups = {k: ah.adahessian(0.3, estimator=estimator) for k in params}
+        tx = optax.partition(groups, {k: k for k in params})
+        state = tx.init(params)
+        value_and_grad = ah.value_and_grad_with_curvature(loss, tx)
+        _, grads, curvature = value_and_grad(params, state=state)
+        return tx.update(grads, state, params, curvature=curvature)[0]
+
+    updates = jax.vmap(step)(jax.random.split(jax.random.key(0), 2))
+    for u in jax.tree.leaves(updates):  # -0.3 * 4 / 12
+        np.testing.assert_allclose(u, -0.1, rtol=1e-5)

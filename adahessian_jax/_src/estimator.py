@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an estimator of curvature is, how one is found, and what it hands on."""
 
+import abc
 import contextvars
 import dataclasses
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from adahessian_jax._src.loss import Loss
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Estimator:
+class Estimator(abc.ABC):
     """An estimator that can share its pass over the network with the gradient.
 
     Its transformation is a plain ``optax.GradientTransformationExtraArgs``, and so a
@@ -49,9 +50,9 @@ class Estimator:
         """The estimator as optax takes it."""
         return optax.GradientTransformationExtraArgs(self.init, self)
 
+    @abc.abstractmethod
     def init(self, params: optax.Params) -> Any:
         """Return the initial state."""
-        raise NotImplementedError
 
     def __call__(
         self, updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -60,6 +61,7 @@ class Estimator:
         check_params(params)
         return self.value_and_grad(None, state, params, **extra_args)[2:]
 
+    @abc.abstractmethod
     def value_and_grad(
         self, fun: Any, state: Any, params: Any, **extra_args: Any
     ) -> tuple[Any, Any, optax.Updates, Any]:
@@ -69,7 +71,6 @@ class Estimator:
         outputs), aux)``. Where it is None there is neither value nor gradient, and
         ``extra_args`` has the functions.
         """
-        raise NotImplementedError
 
 
 class Curvature(NamedTuple):
@@ -125,6 +126,8 @@ def find_averages(tx: optax.GradientTransformation, params: optax.Params) -> lis
 
 def are_alike(a: Any, b: Any) -> bool:
     """Whether two estimators, or arguments of theirs, are the same."""
+    if a is b:  # a seed that is traced can't be compared
+        return True
     if isinstance(a, optax.GradientTransformation):
         a, b = a.update, b.update
     if isinstance(a, Estimator) and type(a) is type(b):
