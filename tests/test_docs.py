@@ -30,6 +30,9 @@ for_new_versions = pytest.mark.skipif(
 )
 
 
+AT_ONCE = {"README", "index", "get_started", "simple"}  # other pages train for longer
+
+
 def code_blocks(page):
     return re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.DOTALL | re.MULTILINE)
 
@@ -54,7 +57,11 @@ def test_there_are_pages():
 @for_new_versions
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize(
-    "page", sorted(filter(code_blocks, TEXTS.keys() - {"stories"}))
+    "page",
+    [
+        page if page in AT_ONCE else pytest.param(page, marks=pytest.mark.slow)
+        for page in sorted(filter(code_blocks, TEXTS.keys() - {"stories"}))
+    ],
 )
 def test_code_blocks_run_one_after_the_other(page):
     namespace = {}
