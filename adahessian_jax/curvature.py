@@ -205,11 +205,9 @@ def diagnostics(
         estimate = inner.estimate
     else:
         checks.check_like("estimate", estimate, mu)
-    if previous_estimate is not None and estimate is None:
-        raise ValueError(
-            "previous_estimate was given, but there is no estimate to compare it with:"
-            " pass estimate= as well."
-        )
+    rule = "None, for there is no estimate to compare it with: pass estimate= as well"
+    alone = previous_estimate is not None and estimate is None
+    checks.require(not alone, ValueError, "previous_estimate", rule, previous_estimate)
     if estimate is not None:
         a, size = _flat(estimate, inner.nu)
         report["trace"] = jnp.sum(a)
@@ -221,11 +219,9 @@ def diagnostics(
         ratio = jnp.sum((a - b) ** 2) / jnp.where(agreement > 0, agreement, 1)
         report["relative_error"] = jnp.where(agreement > 0, jnp.sqrt(ratio), jnp.inf)
     if updates is None:
-        if clip_threshold is not None:
-            raise ValueError(
-                "clip_threshold was given, but no updates to look at: pass updates= as"
-                " well."
-            )
+        rule = "None, for there are no updates to look at: pass updates= as well"
+        ok = clip_threshold is None
+        checks.require(ok, ValueError, "clip_threshold", rule, clip_threshold)
         return report
     checks.check_like("updates", updates, mu)
     updates, mu = (_turned(tree, bases) for tree in (updates, mu))

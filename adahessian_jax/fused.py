@@ -11,17 +11,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from adahessian_jax._src import checks, curvature_state, masking
+from adahessian_jax._src import checks, curvature_state, estimator, masking
 from adahessian_jax._src.axes import as_varying
 from adahessian_jax._src.derivatives import value_and_grad
-from adahessian_jax._src.estimator import (
-    Curvature,
-    Estimator,
-    are_alike,
-    as_estimator,
-    check_same_estimator,
-    find_averages,
-)
+from adahessian_jax._src.estimator import Curvature, Estimator
 from adahessian_jax._src.microbatches import over_parts
 from adahessian_jax._src.xla import cond, is_traced
 
@@ -123,18 +116,18 @@ def value_and_grad_with_curvature(
             checks.check_flag("refresh", refresh)
         states = curvature_state.find_states(state)
         curved = masking.masked_in_all(params, [s.nu for s in states])
-        averages = find_averages(tx, params)
-        estimator = _find_estimator(tx, averages, curved, states)
+        averages = estimator.find_averages(tx, params)
+        shared = _find_estimator(tx, averages, curved, states)
         if len(averages) == 1 and not is_traced(averages[0].b2):
             extra_args |= averages[0].handed_on(states[0])
-        one = _Pass(loss_fn, has_aux, estimator, params, curved, extra_args)
+        one = _Pass(loss_fn, has_aux, shared, params, curved, extra_args)
         in_parts = functools.partial(
             over_parts,
             data={"batch": batch, "labels": labels, "where": where},
             microbatches=microbatches,
-            reduction=_reduction(reduction, one.loss),
+            reduction=_reduction(reduction, shared.loss),
             unroll=unroll,
-            axis_name=one.axis_name,
+            axis_name=shared.axis_name,
         )
 
         def fresh(estimator_state: Any) -> Any:
@@ -168,34 +161,26 @@ class _Pass:
 
     loss_fn: Callable[..., Any]
     has_aux: bool
-    estimator: optax.GradientTransformationExtraArgs
+    estimator: Estimator
     params: optax.Params
     curved: optax.Params
     extra_args: dict[str, Any]
-
-    @property
-    def loss(self) -> Any:
-        return getattr(self.estimator.update, "loss", None)
-
-    @property
-    def axis_name(self) -> Any:
-        return getattr(self.estimator.update, "axis_name", None)
 
     def plain(self, state: Any, data: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
         """Estimate nothing."""
 
         def objective(params: optax.Params) -> tuple[Array, Any]:
             out, rest = self._evaluate(params, data)
-            return out if self.loss is None else out[0], rest
+            return out if self.estimator.loss is None else out[0], rest
 
-        params = as_varying(self.params, self.axis_name)
+        params = as_varying(self.params, self.estimator.axis_name)
         (value, (aux, weight)), grads = value_and_grad(objective, params)
         return (value, grads, ()), aux, state, weight
 
     def with_estimate(
         self, state: Any, data: dict[str, Any]
     ) -> tuple[Any, Any, Any, Any]:
-        """Estimate the diagonal, in the same pass if the estimator can."""
+        """Estimate the diagonal, in the same pass where all parameters are curved."""
 
         def objective(curved: optax.Params) -> tuple[Any, Any]:
             return self._evaluate(masking.fill_masked(curved, self.params), data)
@@ -203,18 +188,11 @@ class _Pass:
         extra_args = self.extra_args
         if data["labels"] is not None:
             extra_args = {**extra_args, "labels": data["labels"]}
-        update = self.estimator.update
-        if isinstance(update, Estimator):
-            (value, (aux, weight)), grads, diag, state = update.value_and_grad(
-                objective, state, self.curved, **extra_args
-            )
-            if not masking.has_masked(self.curved):
-                return (value, grads, diag), aux, state, weight
-        # The gradient in all parameters.
-        (value, grads, _), aux, _, weight = self.plain((), data)
-        if not isinstance(update, Estimator):
-            extra_args = {"obj_fn": lambda p: objective(p)[0], **extra_args}
-            diag, state = update(grads, state, self.curved, **extra_args)
+        (value, (aux, weight)), grads, diag, state = self.estimator.value_and_grad(
+            objective, state, self.curved, **extra_args
+        )
+        if masking.has_masked(self.curved):
+            (value, grads, _), aux, _, weight = self.plain((), data)
         return (value, grads, diag), aux, state, weight
 
     def _evaluate(self, params: optax.Params, data: dict[str, Any]) -> tuple[Any, Any]:
@@ -227,7 +205,7 @@ class _Pass:
                     f" {jax.tree.map(jnp.shape, out)}."
                 )
             out, aux = out
-        if self.loss is None:
+        if self.estimator.loss is None:
             checks.check_scalar("loss_fn", out)
         elif isinstance(out, tuple) and isinstance(out[-1], tuple):
             where = out[-1][-1]
@@ -261,13 +239,18 @@ def _find_estimator(
     averages: list[Any],
     curved: optax.Params,
     states: list[curvature_state.CurvatureState],
-) -> optax.GradientTransformationExtraArgs:
+) -> Estimator:
     """Return an optimizer's one estimator, or what was given if it is one."""
-    found = [average.estimator for average in averages]
-    if isinstance(tx.update, Estimator):
-        found = [tx]
-    first = as_estimator(found[0] if found else tx)
-    if not all(are_alike(first, other) for other in found[1:]):
+    found = [average.estimator.update for average in averages]
+    first, *others = found or [tx.update]
+    if not found and not isinstance(first, Estimator):
+        raise ValueError(curvature_state.no_curvature("tx", "transformation"))
+    if not isinstance(first, Estimator):
+        raise ValueError(
+            "The estimator of tx shares no pass with the gradient: pass obj_fn to"
+            " tx.update, or use one of adahessian_jax, such as ah.hutchinson()."
+        )
+    if not all(estimator.are_alike(first, other) for other in others):
         raise ValueError(
             f"tx has {len(found)} estimators that differ, and one pass makes one"
             " estimate. Give all groups of parameters the same, estimator ="
@@ -275,9 +258,6 @@ def _find_estimator(
             " tx."
         )
     initial = jax.eval_shape(first.init, curved)
-    structure: Any = jax.tree.structure(initial)
-    if not found and structure != jax.tree.structure(states[0].estimator_state):
-        raise ValueError(curvature_state.no_curvature("tx", "transformation"))
     expected: Any = jax.tree.structure([s.estimator_state for s in states])
     if len(states) > 1 and expected != jax.tree.structure([initial] * len(states)):
         raise ValueError(
@@ -286,5 +266,5 @@ def _find_estimator(
             " state, and gauss_newton(); here pass obj_fn or predict_fn to tx.update."
         )
     for state in states:
-        check_same_estimator("curvature", initial, state.estimator_state)
+        curvature_state.check_same_estimator(initial, state.estimator_state)
     return first

@@ -69,12 +69,7 @@ def functional(
 
 
 def value_and_grad_with_curvature(
-    loss_fn: Callable[..., Any],
-    *,
-    has_aux: bool = False,
-    microbatches: int = 1,
-    reduction: str | None = None,
-    unroll: bool = False,
+    loss_fn: Callable[..., Any], *, has_aux: bool = False, **options: Any
 ) -> Callable[..., tuple[Any, optax.Updates, Any]]:
     """Do as :func:`adahessian_jax.value_and_grad_with_curvature` for modules.
 
@@ -83,10 +78,8 @@ def value_and_grad_with_curvature(
         want in its place. The estimator is the optimizer's, and so are the variables
         that are the parameters.
       has_aux: whether ``loss_fn`` returns auxiliary values as well.
-      microbatches: deal the batch out to so many parts, as there. Each begins with the
-        module as it is, whose batch statistics become the mean of the parts'.
-      reduction: ``"mean"`` or ``"sum"`` over the parts, as there.
-      unroll: compile the parts one after the other, as there.
+      **options: ``microbatches``, ``reduction`` and ``unroll``, as there. Each part
+        begins with the module as it is; batch statistics become the mean of the parts'.
 
     Returns:
       A function ``(model, *batch, optimizer, refresh=None)`` to ``(value, grads,
@@ -113,13 +106,8 @@ def value_and_grad_with_curvature(
     """
     check_callable("loss_fn", loss_fn, "(model, *batch) -> loss")
     check_flag("has_aux", has_aux)
-    make = functools.partial(
-        fused.value_and_grad_with_curvature,
-        has_aux=True,
-        microbatches=microbatches,
-        reduction=reduction,
-        unroll=unroll,
-    )
+    fused_function = fused.value_and_grad_with_curvature
+    make: Any = functools.partial(fused_function, has_aux=True, **options)
     make(loss_fn, optax.identity())  # checks the options
 
     def value_and_grad_fn(
@@ -138,7 +126,7 @@ def value_and_grad_with_curvature(
         (value, (aux, new_rest)), grads, curvature = make(loss_and_rest, optimizer.tx)(
             params, *batch, **call
         )
-        if microbatches > 1:
+        if options.get("microbatches", 1) > 1:
             new_rest = jax.tree.map(_of_parts, new_rest)
         nnx.update(model, new_rest)
         # The optimizer selects gradients by the kind of their variables.

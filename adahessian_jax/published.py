@@ -43,17 +43,19 @@ def paper(
 ) -> optax.GradientTransformationExtraArgs:
     """AdaHessian of the paper and its official code, for images.
 
+    It is :func:`davda54` with an estimate on every step, averages over convolution
+    kernels and an ``eps`` of 1e-4.
+
     Args:
-      lr: learning rate, a number or a schedule.
-      betas: decay rates of the averages of gradient and squared curvature.
+      lr: learning rate, and so on: all as there.
+      betas: decay rates.
       eps: added to the denominator.
       weight_decay: decoupled weight decay.
       hessian_power: exponent of the curvature.
-      average_conv_kernel: average the curvature's absolute values over the spatial axes
-        of convolution kernels, as the code does.
-      is_conv: which leaves are, see :func:`adahessian_jax.conv_spatial_average`.
-      weight_decay_mask: which parameters decay, as in ``optax.adamw``.
-      probe: as for :func:`adahessian_jax.hutchinson`, and so are the next two.
+      average_conv_kernel: average absolute values over convolution kernels.
+      is_conv: which leaves are such kernels.
+      weight_decay_mask: which parameters decay.
+      probe: of the estimator.
       seed: an int or a PRNG key.
       axis_name: of devices over which the batch is split.
 
@@ -72,14 +74,10 @@ def paper(
       Yao et al., `ADAHESSIAN <https://arxiv.org/abs/2006.00719>`_, 2021, and
       `amirgholami/adahessian <https://github.com/amirgholami/adahessian>`_
     """
-    check_flag("average_conv_kernel", average_conv_kernel)
-    averaging = conv_spatial_average(is_conv=is_conv) if average_conv_kernel else None
-    estimator = hutchinson(probe=probe, seed=seed, axis_name=axis_name)
-    return optax.chain(
-        _divide_by("rms", estimator, betas, eps, hessian_power, averaging=averaging),
-        decoupled_weight_decay(weight_decay, weight_decay_mask),
-        scale_by_rate(lr, "lr"),
-    )
+    options = {"is_conv": is_conv, "weight_decay_mask": weight_decay_mask}
+    options |= {"probe": probe, "seed": seed, "axis_name": axis_name}
+    numbers = lr, betas, eps, weight_decay, hessian_power, 1, 1, average_conv_kernel
+    return davda54(*numbers, **options)
 
 
 def davda54(

@@ -23,6 +23,7 @@ SUM = SQUARED.replace(reduction="sum")
 QUARTIC = L.of_row(lambda f, y: jnp.sum((f - y) ** 4))
 CONCAVE = L.of_row(lambda f: -jnp.sum(f**2))
 HUTCHINSON, GN = ah.hutchinson(), ah.gauss_newton(SOFTMAX)
+OPTAX_ESTIMATOR = optax.contrib.hutchinson_estimator_diag_hessian()
 EMA = ah.hutchinson(control_variate=ah.ema_control())
 CONTROL = ah.hutchinson(control_variate=ah.gauss_newton_control(SQUARED))
 MODEL = ah.scale_by_quadratic_model(SOFTMAX)
@@ -160,9 +161,9 @@ VALUE_ERRORS = {
     "loss) with n_samples=1: the":
         lambda: ah.in_eigenbasis(ah.gauss_newton(SOFTMAX, n_samples=2)),
     "grad must be given: the slope": lambda: update(MODEL, predict_fn=predict),
-    "predict_fn must be given: the curvature along": lambda: update(MODEL, grad=W),
+    "network's outputs and got no predict_fn. Pass a": lambda: update(MODEL, grad=W),
     "grad must have": lambda: update(MODEL, grad=NO_C, predict_fn=predict),
-    "predict_fn must be given": lambda: fused(ah.newton(None, SQUARED), both),
+    "and got no predict_fn. Pass": lambda: fused(ah.newton(None, SQUARED), both),
     "learning_rate=0.1 and schedule are both rates":
         lambda: ah.newton(0.1, SQUARED, schedule=optax.constant_schedule(1.0)),
     "scale_by_adahessian, and there is none in this": lambda: fused(optax.adam(0.1)),
@@ -171,9 +172,10 @@ VALUE_ERRORS = {
     "states of 2 transformations by curvature: pass that of one":
         lambda: diagnostics(groups(HUTCHINSON, HUTCHINSON).init(W)),
     "not a part of it": lambda: diagnostics(ADA.init(W)[0].curvature),
-    "there is no estimate to compare": lambda: diagnostics(previous_estimate=W),
-    "but no updates to look at": lambda: diagnostics(clip_threshold=1.0),
+    "previous_estimate must be None, for": lambda: diagnostics(previous_estimate=W),
+    "clip_threshold must be None, for": lambda: diagnostics(clip_threshold=1.0),
     "tx has 2 estimators that": lambda: fused(groups(HUTCHINSON, ah.hutchinson(2))),
+    "shares no pass with the gradient": lambda: fused(ada(OPTAX_ESTIMATOR)),
     "computed for another state": lambda: two_steps(anew=False),
     "another estimator than the optimizer's": lambda: fused(of=ada(GN)),
     "refresh=False before any": lambda: fused(EVERY_2, refresh=False),
@@ -265,6 +267,7 @@ WAYS_OUT = {
     ),
     "for optax.partition state.inner_states[label]":
         lambda: diagnostics(groups(HUTCHINSON, HUTCHINSON).init(W).inner_states[0]),
+    "pass obj_fn to tx.update, or": lambda: update(ada(OPTAX_ESTIMATOR), obj_fn=loss),
     "pass estimate= as well": lambda: diagnostics(estimate=W, previous_estimate=W),
     "pass updates= as well":
         lambda: diagnostics(clip_threshold=1.0, updates=W)["clipped_share"],

@@ -217,19 +217,6 @@ def test_refuses_stale_curvature_and_none_at_first():
         fused(PARAMS, X, Y, state=ah.adahessian(0.1, estimator=sums).init(PARAMS))
 
 
-def test_takes_any_transformation_as_estimator():
-    estimator = optax.contrib.hutchinson_estimator_diag_hessian()
-    tx = ah.adahessian(0.1, estimator=estimator)
-    state = tx.init(PARAMS)
-    function = lambda p, *batch: (loss_fn(p, *batch), jnp.mean(X))  # noqa: E731
-    fused = ah.value_and_grad_with_curvature(function, tx, has_aux=True)
-    (value, aux), grads, curvature = fused(PARAMS, X, Y, state=state)
-    close((value, aux), (loss_fn(PARAMS, X, Y), jnp.mean(X)))
-    updates, _ = tx.update(grads, state, PARAMS, curvature=curvature)
-    expected, _ = tx.update(grads, state, PARAMS, obj_fn=lambda p: loss_fn(p, X, Y))
-    close(updates, expected)
-
-
 def test_what_the_loss_has_beside_that_of_the_outputs_is_in_the_controlled_estimate():
     """One row of one output, so that nothing is left to chance."""
     x, w = jnp.array([1.0, -2.0, 3.0]), jnp.array([1.0, 0.5, 2.0])

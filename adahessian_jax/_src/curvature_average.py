@@ -2,6 +2,7 @@
 """When curvature is estimated, and how estimates enter their moving average."""
 
 import dataclasses
+import zlib
 from typing import Any
 
 import jax
@@ -71,24 +72,33 @@ class CurvatureAverage:
         """The power of the estimate that is averaged."""
         return 2 if self.hessian_ema == "rms" else 1
 
+    @property
+    def fingerprint(self) -> Array:
+        """By what a state of another kind of average or estimate is known."""
+        kind = f"{self.hessian_ema} {getattr(self.estimator.update, 'kind', '')}"
+        return jnp.uint32(zlib.crc32(kind.encode()))
+
     def init(self, params: optax.Params) -> CurvatureState:
         """Return the initial state."""
         checks.check_real("params", params)
         declare(self)
         warn_if_unused(self.averaging, params)
+        return self._initial(params)
+
+    def _initial(self, params: optax.Params) -> CurvatureState:
         like = average(self.averaging, zeros_like(params))
-
-        def never_estimated() -> optax.Updates:
-            return _full_like(like, jnp.inf, self.nu_dtype)
-
-        return CurvatureState(  # an array each: a buffer can be donated once
-            count=jnp.zeros([], jnp.int32),
-            refreshes=jnp.zeros([], jnp.int32),
-            nonfinite=jnp.zeros([], jnp.int32),
-            nu=never_estimated(),
-            estimate=never_estimated() if self.keeps_estimate else None,
-            refresh_due=None if self.always else jnp.array(True),
-            estimator_state=self.estimator.init(params),
+        # An array each: a buffer can be donated once.
+        count, refreshes, nonfinite = (jnp.zeros([], jnp.int32) for _ in range(3))
+        nu, estimate = (_full_like(like, jnp.inf, self.nu_dtype) for _ in range(2))
+        return CurvatureState(
+            count,
+            refreshes,
+            nonfinite,
+            self.fingerprint,
+            nu,
+            estimate if self.keeps_estimate else None,
+            None if self.always else jnp.array(True),
+            self.estimator.init(params),
         )
 
     def update(
@@ -105,9 +115,8 @@ class CurvatureAverage:
         checks.check_params(params)
         checks.check_like("updates", updates, params)
         checks.check_spelling(extra_args, _EXTRA_ARGS)
-        initial = jax.eval_shape(self.estimator.init, params)
-        curvature_state.check_state(state, initial, self.always, self.keeps_estimate)
-        self._check_shapes(state, params)
+        initial = jax.eval_shape(self._initial, params)
+        curvature_state.check_state(state, initial, self.fingerprint)
         stored = state.estimate if self.keeps_estimate else state.nu
 
         def fresh(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
@@ -156,6 +165,7 @@ class CurvatureAverage:
             count=count,
             refreshes=jnp.where(refresh, seen, state.refreshes),
             nonfinite=nonfinite,
+            fingerprint=state.fingerprint,
             nu=nu,
             estimate=estimate,
             refresh_due=None if self.always else due,
@@ -176,19 +186,6 @@ class CurvatureAverage:
             return {}
         known = jax.tree.map(lambda v: jnp.where(jnp.isinf(v), 0, v), state.nu)
         return {"curvature_ema": CurvatureEMA(known, self.b2, self._terms(state))}
-
-    def _check_shapes(self, state: CurvatureState, params: optax.Params) -> None:
-        """Raise unless the average has the shapes that averaging leaves."""
-        checks.check_structure("state.nu", state.nu, params)
-        like = jax.eval_shape(lambda p: average(self.averaging, zeros_like(p)), params)
-        trees = state.nu, like
-        got, expected = ([x.shape for x in jax.tree.leaves(t)] for t in trees)
-        if got != expected:
-            raise ValueError(
-                "state must come from an optimizer with the same averaging: its nu has"
-                f" the shapes {got}, this one's averages have {expected}. Make a new"
-                " state by tx.init(params)."
-            )
 
     def _is_usable(self, d: Array, v: Array) -> Array:
         """Whether what each entry adds to the average is finite in its dtype."""

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 
 from adahessian_jax._src.checks import raise_if
-from adahessian_jax._src.estimator import Curvature, check_same_estimator
+from adahessian_jax._src.estimator import Curvature, form
 
 Node = TypeVar("Node")
 
@@ -26,6 +26,8 @@ class CurvatureState(NamedTuple):
       refreshes: number of estimates so far, shape (), int32.
       nonfinite: how many entries of estimates were left out, because they, or their
         squares with ``"rms"``, were not finite, shape (), int32.
+      fingerprint: of what is averaged, shape (), uint32: a state of another
+        ``hessian_ema``, estimator or loss is known by it.
       nu: moving average of the curvature, not bias-corrected, infinite where there
         never was an estimate; structure of the parameters, at the size that averaging
         leaves.
@@ -38,6 +40,7 @@ class CurvatureState(NamedTuple):
     count: Array  # type: ignore[assignment]  # hides tuple.count
     refreshes: Array
     nonfinite: Array
+    fingerprint: Array
     nu: optax.Updates
     estimate: optax.Updates | None
     refresh_due: Array | None
@@ -78,28 +81,33 @@ def no_curvature(name: str, got: str) -> str:
     )
 
 
-def check_state(state: Any, initial: Any, always: bool, keeps_estimate: bool) -> None:
-    """Raise unless a state is of this configuration: one restored may not be.
-
-    ``initial`` is an initial state of the estimator, ``always`` is whether every update
-    estimates, and ``keeps_estimate`` whether the state has the last estimate.
-    """
+def check_state(state: Any, initial: CurvatureState, fingerprint: Array) -> None:
+    """Raise unless a state is like an initial one: one restored may not be."""
     if not isinstance(state, CurvatureState):
         raise TypeError(
             f"state must be a CurvatureState, got a {type(state).__name__}. Restore"
             " checkpoints into the structure of tx.init(params)."
         )
-    for name, expected, got in (
-        ("update_interval", always, state.refresh_due is None),
-        ("update_each", keeps_estimate, state.estimate is not None),
-    ):
-        if expected != got:
+    for field, argument in _CONFIGURED_BY.items():
+        got, expected = (form(getattr(s, field)) for s in (state, initial))
+        if got != expected:
             raise ValueError(
-                "state must come from an optimizer of the same configuration, and this"
-                f" one has another {name}. A change between 1 and more needs a new"
-                " state: state = tx.init(params)."
+                f"state comes from an optimizer with another {argument}: its {field} is"
+                f" {got}, this one's {expected}. Make a new state by tx.init(params)."
             )
-    check_same_estimator("state", state.estimator_state, initial)
+    raise_if(
+        state.fingerprint != fingerprint,
+        "state comes from an optimizer with another hessian_ema, estimator or loss: its"
+        " average is of something else. Make a new state by tx.init(params).",
+    )
+
+
+_CONFIGURED_BY = {  # in this order: an interval of 1 has no estimate to keep
+    "refresh_due": "update_interval (of 1, or above)",
+    "estimate": "update_each",
+    "estimator_state": "estimator",
+    "nu": "averaging",
+}
 
 
 def check_curvature(curvature: Any, state: CurvatureState) -> None:
@@ -109,7 +117,7 @@ def check_curvature(curvature: Any, state: CurvatureState) -> None:
             "curvature must be what value_and_grad_with_curvature returned, got"
             f" {curvature!r}. For an estimate of your own use hessian_diag."
         )
-    check_same_estimator("curvature", curvature.estimator_state, state.estimator_state)
+    check_same_estimator(curvature.estimator_state, state.estimator_state)
     raise_if(
         curvature.count != state.count,
         "curvature was computed for another state of the optimizer: call"
@@ -124,9 +132,22 @@ def check_curvature(curvature: Any, state: CurvatureState) -> None:
         )
 
 
-def nan_if_stale(curvature: Curvature | None, state: CurvatureState) -> Any:
-    """Return 1, or NaN if a curvature was made for another state."""
-    if curvature is None:
-        return 1.0
-    # Nothing can be raised inside jit, and a mistake must not pass unnoticed.
-    return jnp.where(curvature.count == state.count, 1.0, jnp.nan)
+def check_same_estimator(state: Any, expected: Any) -> None:
+    """Raise unless the state in a curvature is one of the optimizer's estimator."""
+    got, expected = form(state), form(expected)
+    if got != expected:
+        raise ValueError(
+            "curvature comes from another estimator than the optimizer's: its state is"
+            f" {got}, the optimizer's {expected}. Give both the same estimator."
+        )
+
+
+def nan_if_unfit(state: CurvatureState, fingerprint: Array, curvature: Any) -> Array:
+    """Return 1, or NaN for a state of something else or a curvature of another state.
+
+    Nothing can be raised inside jit, and a mistake must not pass unnoticed.
+    """
+    fits = state.fingerprint == fingerprint
+    if curvature is not None:
+        fits &= curvature.count == state.count
+    return jnp.where(fits, 1.0, jnp.nan)

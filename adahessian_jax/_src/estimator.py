@@ -38,6 +38,11 @@ class Estimator(abc.ABC):
         return None
 
     @property
+    def kind(self) -> str:
+        """What it estimates: a state of one is not for an optimizer with another."""
+        return ""
+
+    @property
     def factor(self) -> "Estimator | None":
         """The estimator whose estimate's square this one's is, if any.
 
@@ -128,8 +133,6 @@ def are_alike(a: Any, b: Any) -> bool:
     """Whether two estimators, or arguments of theirs, are the same."""
     if a is b:  # a seed that is traced can't be compared
         return True
-    if isinstance(a, optax.GradientTransformation):
-        a, b = a.update, b.update
     if isinstance(a, Estimator) and type(a) is type(b):
         names = [field.name for field in dataclasses.fields(a)]
         return all(are_alike(getattr(a, name), getattr(b, name)) for name in names)
@@ -140,17 +143,11 @@ def are_alike(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def check_same_estimator(name: str, state: Any, expected: Any) -> None:
-    """Raise ValueError unless two states are those of estimators of the same kind."""
-    # A key may be typed in one and raw in the other.
-    shapes, expected_shapes = (
-        [jnp.shape(x) for x in jax.tree.leaves(s) if is_differentiable(x)]
-        for s in (state, expected)
-    )
-    trees: list[Any] = [jax.tree.structure(s) for s in (state, expected)]
-    if trees[0] != trees[1] or shapes != expected_shapes:
-        raise ValueError(
-            f"{name} comes from another estimator than the optimizer's: its state is"
-            f" {trees[0]} with arrays of shapes {shapes}, the optimizer's {trees[1]}"
-            f" with {expected_shapes}. Give both the same estimator."
-        )
+def form(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    """Return the structure of a tree, and the shapes of its floating-point leaves.
+
+    Of others not: a key may be typed in one state and raw in another.
+    """
+    structure: Any = jax.tree.structure(tree)
+    floats = filter(is_differentiable, jax.tree.leaves(tree))
+    return structure, [jnp.shape(x) for x in floats]

@@ -29,12 +29,14 @@ class ControlVariate(NamedTuple):
         Hessian times the probes, and ``product(fun)`` that of ``fun``, from parameters
         to ``(scalar, value)`` with the objective's gradient and value; ``axis_name`` is
         the estimator's and ``extra_args`` are those of its ``update``.
+      name: with what of its arguments changes the estimate's mean.
       loss: the loss whose outputs it needs beside it, or None. The function that
         returns both, ``loss_fn``, is then among ``extra_args``, in the fused path.
     """
 
     init: Callable[[optax.Params], Any]
     correct: Callable[..., tuple[optax.Updates, Any]]
+    name: str
     loss: Loss | None = None
 
 
@@ -106,7 +108,7 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
 
         return map_floats(one, product(), probes, average), state
 
-    return ControlVariate(lambda params: (), correct)
+    return ControlVariate(lambda params: (), correct, f"ema_control({unbiased})")
 
 
 def gauss_newton_control(loss: Loss) -> ControlVariate:
@@ -208,4 +210,4 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
         known = model.as_params(squares)
         return map_floats(lambda g, r: g + r, known, probed), state
 
-    return ControlVariate(lambda params: (), correct, loss)
+    return ControlVariate(lambda params: (), correct, f"gauss_newton({loss!r})", loss)

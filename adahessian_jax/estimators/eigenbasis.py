@@ -10,9 +10,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src.axes import gathered
-from adahessian_jax._src.checks import check_float, check_int
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
+from adahessian_jax._src import axes, checks, dtypes
 from adahessian_jax._src.estimator import Estimator, as_estimator
 from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.moving_average import ema
@@ -118,9 +116,9 @@ def in_eigenbasis(
       <https://arxiv.org/abs/2409.11321>`_, 2024, for bases of every axis and their
       orthogonal iteration, there from gradients
     """
-    check_float("decay", decay, 0.0, 1.0)
-    check_int("max_dim", max_dim, 1)
-    check_int("n_vectors", n_vectors, 0)
+    checks.check_float("decay", decay, 0.0, 1.0)
+    checks.check_int("max_dim", max_dim, 1)
+    checks.check_int("n_vectors", n_vectors, 0)
     inner = getattr(as_estimator(estimator).update, "factor", None)
     if inner is None:
         raise ValueError(
@@ -144,6 +142,10 @@ class _InEigenbasis(Estimator):
     def loss(self) -> Loss | None:
         return self.inner.loss
 
+    @property
+    def kind(self) -> str:
+        return f"in_eigenbasis({self.inner.kind})"
+
     def init(self, params: optax.Params) -> EigenbasisState:
         bases = tuple(map(self._first_bases, jax.tree.leaves(params)))
         products = jax.tree.map(
@@ -165,7 +167,7 @@ class _InEigenbasis(Estimator):
         bases = jax.tree.map(_turned, state.products, state.bases)
         each = zip(state.products, state.bases, bases, leaves, strict=True)
         products = tuple(_moved(*x, self.decay) for x in each)
-        diag = map_floats(
+        diag = dtypes.map_floats(
             lambda g, q: jnp.square(rotate(g, q)).astype(g.dtype),
             factor,
             jax.tree.unflatten(treedef, bases),
@@ -173,9 +175,9 @@ class _InEigenbasis(Estimator):
         return value, grads, diag, EigenbasisState(inner_state, products, bases)
 
     def _first_bases(self, leaf: Any) -> Bases:
-        if not is_differentiable(leaf):
+        if not dtypes.is_differentiable(leaf):
             return ()
-        dtype = accumulation_dtype(leaf)
+        dtype = dtypes.accumulation_dtype(leaf)
         return tuple(self._first_basis(n, dtype) for n in jnp.shape(leaf))
 
     def _first_basis(self, n: int, dtype: Any) -> Orthogonal | None:
@@ -214,7 +216,7 @@ def _moved(
     """Take products to new bases, and average in a factor's, if that is finite."""
     if all(product is None for product in products):
         return products
-    factor, _ = gathered(factor)
+    factor, _ = axes.gathered(factor)
 
     def one(axis: int, product: Any, old: Any, new: Any) -> Array | None:
         if product is None:

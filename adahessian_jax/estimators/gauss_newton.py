@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from adahessian_jax._src import checks
-from adahessian_jax._src.axes import AxisName, as_varying, axis_key, sum_over_axis
+from adahessian_jax._src import axes, checks
 from adahessian_jax._src.dtypes import wide
 from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.linearized import gauss_newton_factor, linearize
@@ -29,7 +28,11 @@ class GaussNewtonState(NamedTuple):
 
 
 def gauss_newton(
-    loss: Loss, *, n_samples: int = 1, seed: int | Array = 0, axis_name: AxisName = None
+    loss: Loss,
+    *,
+    n_samples: int = 1,
+    seed: int | Array = 0,
+    axis_name: axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimate the diagonal of the Gauss-Newton matrix from a network's outputs.
 
@@ -114,6 +117,10 @@ class _GaussNewton(Estimator):
         return self.of
 
     @property
+    def kind(self) -> str:
+        return f"gauss_newton({self.of!r})"
+
+    @property
     def factor(self) -> Estimator | None:
         single = self.n_samples == 1
         return dataclasses.replace(self, squared=False) if single else None
@@ -128,12 +135,12 @@ class _GaussNewton(Estimator):
         predict_fn, labels = extra_args.get("predict_fn"), extra_args.get("labels")
         axis, n = self.axis_name, self.n_samples
         key, subkey = jax.random.split(state.key)
-        keys = jax.random.split(axis_key(subkey, axis), n)
-        model = linearize(fun, predict_fn, as_varying(params, axis))
+        keys = jax.random.split(axes.axis_key(subkey, axis), n)
+        model = linearize(fun, predict_fn, axes.as_varying(params, axis))
         grads = None if fun is None else model.as_params(model.gradient())
         samples = [gauss_newton_factor(k, self.of, model, labels, axis) for k in keys]
         if self.squared:
             samples = [[jnp.square(wide(g)) for g in sample] for sample in samples]
         mean = [sum(x[1:], start=x[0]) / n for x in zip(*samples, strict=True)]
-        diag = model.as_params(sum_over_axis(mean, axis))
+        diag = model.as_params(axes.sum_over_axis(mean, axis))
         return model.value, grads, diag, GaussNewtonState(key)

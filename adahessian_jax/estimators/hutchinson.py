@@ -10,20 +10,18 @@ import jax
 import optax
 from jax import Array
 
-from adahessian_jax._src import checks
-from adahessian_jax._src.axes import AxisName, as_varying, axis_key, mean_over_axis
-from adahessian_jax._src.derivatives import check_mode, value_grad_and_hvp
-from adahessian_jax._src.dtypes import map_floats, wide
+from adahessian_jax._src import axes, checks, derivatives, dtypes, probes, xla
 from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.masking import explain
-from adahessian_jax._src.probes import as_key, normal_like, rademacher_like
-from adahessian_jax._src.xla import after, materialized, scan
 from adahessian_jax.estimators.control_variates import ControlVariate, multiply
 
 Probe = Callable[[Array, optax.Params], optax.Params]
 
-_PROBES: dict[str, Probe] = {"rademacher": rademacher_like, "normal": normal_like}
+_PROBES: dict[str, Probe] = {
+    "rademacher": probes.rademacher_like,
+    "normal": probes.normal_like,
+}
 
 
 class HutchinsonState(NamedTuple):
@@ -45,8 +43,7 @@ def hutchinson(
     mode: str = "forward-over-reverse",
     control_variate: ControlVariate | None = None,
     seed: int | Array = 0,
-    axis_name: AxisName = None,
-    unroll: bool | None = None,
+    axis_name: axes.AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimate the Hessian's diagonal by Hutchinson's method.
 
@@ -64,8 +61,9 @@ def hutchinson(
     diagonal. A less noisy estimate is a smaller denominator: lower the learning rate.
 
     Each sample costs one Hessian-vector product, about two gradients in time (its
-    forward pass is shared with a gradient computed in the same ``jit``), and the memory
-    of a second set of activations.
+    forward pass is shared with a gradient computed in the same ``jit``). All together
+    take the memory of a second set of activations, as one does. More than 8 are a loop,
+    in which convolutions are an order of magnitude slower on CPU.
 
     Args:
       n_samples: how many probes are averaged, at least 1.
@@ -77,10 +75,6 @@ def hutchinson(
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. Each device then draws probes of its own and the estimates are
         averaged, which has a smaller variance than the same probe on all devices.
-      unroll: how several samples are compiled: True, one after the other; False, the
-        first and a ``jax.lax.scan`` over the rest, which compiles faster; None unrolls
-        up to 8. Either needs the memory of one sample. On CPU convolutions are an order
-        of magnitude slower inside a loop.
 
     Returns:
       A transformation, for ``estimator`` of :func:`adahessian_jax.scale_by_adahessian`
@@ -111,7 +105,7 @@ def hutchinson(
       `ADAHESSIAN <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.1
     """
     checks.check_int("n_samples", n_samples, 1)
-    check_mode(mode)
+    derivatives.check_mode(mode)
     draw: Any = probe
     if isinstance(probe, str):
         checks.check_choice("probe", probe, _PROBES)
@@ -123,12 +117,8 @@ def hutchinson(
     checks.require(known, TypeError, "control_variate", rule, control_variate)
     checks.check_seed(seed)
     checks.check_axis_name(axis_name)
-    if unroll is None:
-        unroll = n_samples <= 8
-    checks.check_flag("unroll", unroll)
-    return _Hutchinson(
-        axis_name, n_samples, draw, mode, control_variate, seed, unroll
-    ).transformation
+    arguments = axis_name, n_samples, draw, mode, control_variate, seed
+    return _Hutchinson(*arguments).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,17 +130,20 @@ class _Hutchinson(Estimator):
     mode: str
     control_variate: ControlVariate | None
     seed: int | Array
-    unroll: bool
 
     @property
     def loss(self) -> Loss | None:
         return None if self.control_variate is None else self.control_variate.loss
 
+    @property
+    def kind(self) -> str:
+        return f"hutchinson({getattr(self.control_variate, 'name', '')})"
+
     def init(self, params: optax.Params) -> HutchinsonState:
         checks.check_real("params", params)
         control = self.control_variate
         known = () if control is None else control.init(params)
-        return HutchinsonState(as_key(self.seed), known)
+        return HutchinsonState(probes.as_key(self.seed), known)
 
     def value_and_grad(
         self, fun: Any, state: HutchinsonState, params: Any, **extra_args: Any
@@ -161,25 +154,25 @@ class _Hutchinson(Estimator):
         elif fun is None and obj_fn is not None:
             fun = _with_no_aux(obj_fn, params)
         key, subkey = jax.random.split(state.key)
-        params = as_varying(params, self.axis_name)
+        params = axes.as_varying(params, self.axis_name)
         sample = functools.partial(self._sample, fun, params, extra_args)
+        n = self.n_samples
+        unroll = n <= 8
 
         def add_sample(carry: tuple[Any, Any], key: Array) -> tuple[Any, None]:
             total, cv_state = carry
-            key = after(key, total, otherwise=subkey) if self.unroll else key
+            key = xla.after(key, total, otherwise=subkey) if unroll else key
             _, d, cv_state = sample(key, cv_state)
-            total = map_floats(lambda x, y: x + y.astype(x.dtype), total, d)
+            total = dtypes.map_floats(lambda x, y: x + y.astype(x.dtype), total, d)
             return (total, cv_state), None
 
-        keys = jax.random.split(axis_key(subkey, self.axis_name), self.n_samples)
+        keys = jax.random.split(axes.axis_key(subkey, self.axis_name), n)
         first_pass, total, cv_state = sample(keys[0], state.control_variate)
-        if self.n_samples > 1:
-            carry = map_floats(wide, total), cv_state
-            carry, _ = scan(add_sample, carry, keys[1:], unroll=self.unroll)
-            total, cv_state = carry
-        n = self.n_samples
-        mean = map_floats(lambda d, p: (d / n).astype(p.dtype), total, params)
-        diag = materialized(key, mean_over_axis(mean, self.axis_name))
+        if n > 1:
+            carry = dtypes.map_floats(dtypes.wide, total), cv_state
+            (total, cv_state), _ = xla.scan(add_sample, carry, keys[1:], unroll=unroll)
+        mean = dtypes.map_floats(lambda d, p: (d / n).astype(p.dtype), total, params)
+        diag = xla.materialized(key, axes.mean_over_axis(mean, self.axis_name))
         return *first_pass, diag, HutchinsonState(key, cv_state)
 
     def _sample(
@@ -195,9 +188,11 @@ class _Hutchinson(Estimator):
             objective = fun if other is None else other
             if objective is None:
                 raise ValueError(_needs_obj_fn(extra_args))
-            value, grads, y = value_grad_and_hvp(objective, params, z, mode=self.mode)
+            value, grads, y = derivatives.value_grad_and_hvp(
+                objective, params, z, mode=self.mode
+            )
             passes.append((value if other is None else value[1], grads))
-            return materialized(key, y)
+            return xla.materialized(key, y)
 
         if self.control_variate is None:
             diag = multiply(z, product())

@@ -178,7 +178,7 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
             squared_weight=rho**2 * state.squared_weight + (1 - rho) ** 2 / n_devices,
         )
 
-    return ControlVariate(init_fn, correct)
+    return ControlVariate(init_fn, correct, "low_rank_control")
 
 
 _DEGENERATE = 1e-5  # of the largest eigenvalue of the Gram matrix

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from adahessian_jax._src.averaging_rule import AveragingRule
 from adahessian_jax._src.checks import check_float, check_float_dtype, check_like
 from adahessian_jax._src.curvature_average import CurvatureAverage, zeros_like
-from adahessian_jax._src.curvature_state import CurvatureState, nan_if_stale
+from adahessian_jax._src.curvature_state import CurvatureState, nan_if_unfit
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax._src.moving_average import as_dtype, debias, ema, is_static
 from adahessian_jax._src.orthogonal import Bases, rotate
@@ -133,7 +133,8 @@ def divide_by(
         )
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), updates, state.mu)
         mu_scale = debias(b1, average.count)
-        mu_scale *= nan_if_stale(extra_args.get("curvature"), state.curvature)
+        kind = state.curvature, curvature_average.fingerprint
+        mu_scale *= nan_if_unfit(*kind, extra_args.get("curvature"))
         nu_scale = curvature_average.bias_correction(average)
         # Of the denominator without eps, which is homogeneous in nu.
         power = as_dtype(hessian_power, nu_scale.dtype) / curvature_average.order

@@ -144,12 +144,6 @@ def scale_by_quadratic_model(
                 "grad must be given: the slope along the updates is that of the loss."
                 " Call tx.update(grads, state, params, grad=grads, predict_fn=...)."
             )
-        if predict_fn is None:
-            raise ValueError(
-                "predict_fn must be given: the curvature along the updates is that of"
-                " the network's outputs. Call tx.update(grads, state, params,"
-                " grad=grads, predict_fn=lambda p: model.apply(p, x))."
-            )
         grad = mask_like(grad, params)
         checks.check_like("grad", grad, params)
         checks.check_like("updates", updates, params)
