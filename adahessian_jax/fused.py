@@ -168,13 +168,15 @@ class _Pass:
 
     def plain(self, state: Any, data: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
         """Estimate nothing."""
+        axis = self.estimator.axis_name
 
         def objective(params: optax.Params) -> tuple[Array, Any]:
             out, rest = self._evaluate(params, data)
-            return out if self.estimator.loss is None else out[0], rest
+            value = out if self.estimator.loss is None else out[0]
+            return as_varying(value, axis), (value, *rest)
 
-        params = as_varying(self.params, self.estimator.axis_name)
-        (value, (aux, weight)), grads = value_and_grad(objective, params)
+        params = as_varying(self.params, axis)
+        (_, (value, aux, weight)), grads = value_and_grad(objective, params)
         return (value, grads, ()), aux, state, weight
 
     def with_estimate(

@@ -29,6 +29,34 @@ def axis_key(key: Array, axis_name: AxisName) -> Array:
         ) from None
 
 
+def communicates(fun: Callable[[Any], Any], params: Any, axis_name: AxisName) -> bool:
+    """Whether a function exchanges anything over an axis, as synchronised norms do.
+
+    Then what a device computes depends on the parameters of the others, and probes have
+    to be the same on all of them.
+    """
+    if axis_name is None:
+        return False
+    names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
+
+    def found(part: Any) -> bool:
+        if isinstance(part, tuple | list):
+            return any(map(found, part))
+        part = getattr(part, "jaxpr", part)
+        return any(map(exchanges, getattr(part, "eqns", ())))
+
+    def exchanges(step: Any) -> bool:
+        axes = step.params.get("axes", step.params.get("axis_name", ()))
+        axes = axes if isinstance(axes, tuple) else (axes,)
+        between = step.primitive.name not in _LOCAL and not names.isdisjoint(axes)
+        return between or any(map(found, step.params.values()))
+
+    return found(jax.make_jaxpr(fun)(params))
+
+
+_LOCAL = ("axis_index", "pvary", "pcast")
+
+
 def axis_size(axis_name: AxisName) -> int:
     """Return the number of devices of an axis, 1 without one."""
     return 1 if axis_name is None else jax.lax.psum(1, axis_name)
@@ -58,6 +86,23 @@ def as_varying(tree: Any, axis_name: AxisName) -> Any:
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     names = tuple(name for name in names if name in manual)
     return map_floats(lambda x: _vary(x, names), tree)
+
+
+def check_replicas(tree: Any, params: Any, axis_name: AxisName = None) -> None:
+    """Raise if something differs between devices along an axis that goes unnamed.
+
+    Devices then share the parameters and see other rows. This is known inside
+    ``jax.shard_map`` only, and if it keeps account of what varies.
+    """
+    named = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
+    leaves = (map(_type_of, jax.tree.leaves(x)) for x in (tree, params))
+    varying, shared = (set().union(*map(_varying_axes, types)) for types in leaves)
+    if unnamed := sorted(varying - shared - set(named)):
+        raise ValueError(
+            f"axis_name={unnamed[0]!r} must be given, to the estimator or to newton:"
+            " each device has rows of its own here, and what it estimates from them"
+            " would be taken for that of the whole batch."
+        )
 
 
 def zeros_of_type(like: jax.ShapeDtypeStruct) -> Array:

@@ -11,7 +11,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src import checks, curvature_state
+from adahessian_jax._src import axes, checks, curvature_state
 from adahessian_jax._src.averaging_rule import AveragingRule, average, warn_if_unused
 from adahessian_jax._src.curvature_state import CurvatureState
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
@@ -132,6 +132,7 @@ class CurvatureAverage:
                 )
             diag = mask_like(diag, params)
             checks.check_like(name, diag, params)
+            axes.check_replicas(diag, params)
             diag = average(self.averaging, jax.tree.map(_as_estimate, diag, state.nu))
             diag = jax.tree.map(lambda d, v: d.astype(v.dtype), diag, state.nu)
             usable = jax.tree.map(self._is_usable, diag, state.nu)

@@ -8,6 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from adahessian_jax._src.axes import (
+    AxisName,
+    as_varying,
+    axis_size,
+    check_replicas,
+    communicates,
+    sum_over_axis,
+)
 from adahessian_jax._src.checks import check_callable, check_scalar, raise_if
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import is_differentiable, wide
@@ -30,9 +38,12 @@ class LinearizedModel(NamedTuple):
     where: Array | None
     pullback: Callable[[Array], Floats]
     as_params: Callable[[Floats], Any]
+    communicates: bool
 
 
-def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
+def linearize(
+    fun: Any, predict_fn: Any, params: Any, axis_name: AxisName
+) -> LinearizedModel:
     """Evaluate a network and prepare products with its transposed Jacobian.
 
     ``fun`` maps parameters to ``((loss, outputs), aux)``; ``predict_fn`` maps them to
@@ -52,18 +63,20 @@ def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
                 f" auxiliary values, got {jax.tree.map(jnp.shape, out)}."
             )
         outputs, where = _outputs_and_where(name, out[1])
-        return (check_scalar(name, out[0]), outputs), (where, aux)
+        loss = check_scalar(name, out[0])
+        return (as_varying(loss, axis_name), outputs), (where, (loss, aux))
 
     def evaluate(params: Any) -> tuple[Array, Array, Any]:
-        (loss, outputs), (_, aux) = loss_and_outputs(params)
-        return loss, outputs, (loss, aux)
+        (loss, outputs), (_, value) = loss_and_outputs(params)
+        return loss, outputs, value
 
-    (loss, outputs), pullback, (where, aux) = jax.vjp(
+    (loss, outputs), pullback, (where, value) = jax.vjp(
         lambda x: loss_and_outputs(rebuild(x)), floats, has_aux=True
     )
+    check_replicas(outputs, floats, axis_name)
     return LinearizedModel(
         evaluate=evaluate,
-        value=(loss, aux),
+        value=value,
         gradient=lambda: pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))[0],
         outputs=_without_nan(name, outputs),
         where=where,
@@ -71,10 +84,13 @@ def linearize(fun: Any, predict_fn: Any, params: Any) -> LinearizedModel:
         as_params=lambda leaves: rebuild_diag(
             [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
         ),
+        communicates=communicates(loss_and_outputs, params, axis_name),
     )
 
 
-def push_forward(predict_fn: Any, params: Any, tangents: Floats) -> Any:
+def push_forward(
+    predict_fn: Any, params: Any, tangents: Floats, axis_name: AxisName
+) -> Any:
     """Return a network's outputs, ``where``, and the tangents of the outputs."""
     predict = _explained(predict_fn, params)
     floats, rebuild = split_differentiable(params)
@@ -84,6 +100,7 @@ def push_forward(predict_fn: Any, params: Any, tangents: Floats) -> Any:
         ([v.astype(x.dtype) for v, x in zip(tangents, floats, strict=True)],),
         has_aux=True,
     )
+    check_replicas(outputs, floats, axis_name)
     return _without_nan("predict_fn", outputs), where, tangent
 
 
@@ -124,3 +141,14 @@ def gauss_newton_factor(
     factor = loss.factor(outputs, rademacher_like(key, outputs), labels)
     factor = masked(factor, weights) * jnp.sqrt(weights)
     return [wide(g) for g in model.pullback(factor)]
+
+
+def gauss_newton_part(
+    key: Array, loss: Loss, model: LinearizedModel, labels: Any, axis_name: AxisName
+) -> Floats:
+    """Return a device's part of an estimate of the diagonal; their sum is the whole."""
+    factor = gauss_newton_factor(key, loss, model, labels, axis_name)
+    if model.communicates:  # then the square is that of the sum
+        whole = sum_over_axis(factor, axis_name)
+        factor = [g / axis_size(axis_name) ** 0.5 for g in whole]
+    return [jnp.square(g) for g in factor]

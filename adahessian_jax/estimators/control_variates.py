@@ -11,8 +11,8 @@ from jax import Array
 
 from adahessian_jax._src.axes import AxisName, axis_size
 from adahessian_jax._src.checks import check_flag
-from adahessian_jax._src.dtypes import map_floats, wide
-from adahessian_jax._src.linearized import gauss_newton_factor, linearize
+from adahessian_jax._src.dtypes import map_floats
+from adahessian_jax._src.linearized import gauss_newton_part, linearize
 from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.moving_average import debias
 
@@ -182,7 +182,7 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
                 " value_and_grad_with_curvature makes: value_and_grad(params, x, y,"
                 " state=state, labels=y)."
             )
-        model = linearize(loss_fn, predict_fn, params)
+        model = linearize(loss_fn, predict_fn, params, axis_name)
         # The estimator averages over the axis, and these are parts of a sum.
         n_devices = axis_size(axis_name)
 
@@ -202,10 +202,16 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
             beside = total - loss_of(outputs).astype(total.dtype)
             return beside + tangent.astype(total.dtype), value
 
-        factor = gauss_newton_factor(key, loss, model, labels, axis_name)
-        squares = [n_devices * jnp.square(wide(g)) for g in factor]
+        parts = gauss_newton_part(key, loss, model, labels, axis_name)
+        squares = [n_devices * x for x in parts]
         probed = multiply(probes, product(remainder))
         if loss_fn is not None and loss.reduction == "sum":
+            if model.communicates:
+                raise ValueError(
+                    "loss_fn must return the sum of a device's own rows, and this one"
+                    " exchanges values between devices: average in place of adding up,"
+                    " by a loss with reduction='mean', or pass predict_fn to tx.update."
+                )
             probed = jax.tree.map(lambda r: n_devices * r, probed)
         known = model.as_params(squares)
         return map_floats(lambda g, r: g + r, known, probed), state

@@ -5,14 +5,16 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
 from adahessian_jax._src import axes, checks
-from adahessian_jax._src.dtypes import wide
 from adahessian_jax._src.estimator import Estimator
-from adahessian_jax._src.linearized import gauss_newton_factor, linearize
+from adahessian_jax._src.linearized import (
+    gauss_newton_factor,
+    gauss_newton_part,
+    linearize,
+)
 from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.probes import as_key
 
@@ -136,11 +138,10 @@ class _GaussNewton(Estimator):
         axis, n = self.axis_name, self.n_samples
         key, subkey = jax.random.split(state.key)
         keys = jax.random.split(axes.axis_key(subkey, axis), n)
-        model = linearize(fun, predict_fn, axes.as_varying(params, axis))
+        model = linearize(fun, predict_fn, axes.as_varying(params, axis), axis)
         grads = None if fun is None else model.as_params(model.gradient())
-        samples = [gauss_newton_factor(k, self.of, model, labels, axis) for k in keys]
-        if self.squared:
-            samples = [[jnp.square(wide(g)) for g in sample] for sample in samples]
+        sample = gauss_newton_part if self.squared else gauss_newton_factor
+        samples = [sample(k, self.of, model, labels, axis) for k in keys]
         mean = [sum(x[1:], start=x[0]) / n for x in zip(*samples, strict=True)]
         diag = model.as_params(axes.sum_over_axis(mean, axis))
         return model.value, grads, diag, GaussNewtonState(key)

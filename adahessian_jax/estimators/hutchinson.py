@@ -154,32 +154,39 @@ class _Hutchinson(Estimator):
         elif fun is None and obj_fn is not None:
             fun = _with_no_aux(obj_fn, params)
         key, subkey = jax.random.split(state.key)
-        params = axes.as_varying(params, self.axis_name)
-        sample = functools.partial(self._sample, fun, params, extra_args)
+        axis = self.axis_name
+        params = axes.as_varying(params, axis)
+        own_key = axes.axis_key(subkey, axis)
+        functions = [f for f in (fun, extra_args.get("predict_fn")) if f is not None]
+        shared = any(axes.communicates(f, params, axis) for f in functions)
+        sample: Any = functools.partial(self._sample, fun, params, extra_args)
         n = self.n_samples
         unroll = n <= 8
 
-        def add_sample(carry: tuple[Any, Any], key: Array) -> tuple[Any, None]:
+        def add_sample(carry: tuple[Any, Any], keys: Any) -> tuple[Any, None]:
             total, cv_state = carry
-            key = xla.after(key, total, otherwise=subkey) if unroll else key
-            _, d, cv_state = sample(key, cv_state)
+            if unroll:
+                keys = xla.after(keys[0], total, otherwise=subkey), keys[1]
+            _, d, cv_state = sample(*keys, cv_state)
             total = dtypes.map_floats(lambda x, y: x + y.astype(x.dtype), total, d)
             return (total, cv_state), None
 
-        keys = jax.random.split(axes.axis_key(subkey, self.axis_name), n)
-        first_pass, total, cv_state = sample(keys[0], state.control_variate)
+        own_keys = jax.random.split(own_key, n)
+        keys = (jax.random.split(subkey, n) if shared else own_keys), own_keys
+        first, rest = [k[0] for k in keys], [k[1:] for k in keys]
+        first_pass, total, cv_state = sample(*first, state.control_variate)
         if n > 1:
             carry = dtypes.map_floats(dtypes.wide, total), cv_state
-            (total, cv_state), _ = xla.scan(add_sample, carry, keys[1:], unroll=unroll)
+            (total, cv_state), _ = xla.scan(add_sample, carry, rest, unroll=unroll)
         mean = dtypes.map_floats(lambda d, p: (d / n).astype(p.dtype), total, params)
         diag = xla.materialized(key, axes.mean_over_axis(mean, self.axis_name))
         return *first_pass, diag, HutchinsonState(key, cv_state)
 
     def _sample(
-        self, fun: Any, params: Any, extra_args: Any, key: Array, cv_state: Any
+        self, fun: Any, params: Any, extra_args: Any, key: Any, own_key: Any, state: Any
     ) -> tuple[Any, optax.Updates, Any]:
         """Return value and gradient, one sample, and the control variate's state."""
-        z = self.draw(key, params)
+        z = axes.as_varying(self.draw(key, params), self.axis_name)
         checks.check_like("the probe", z, params)
         passes = []
 
@@ -188,8 +195,13 @@ class _Hutchinson(Estimator):
             objective = fun if other is None else other
             if objective is None:
                 raise ValueError(_needs_obj_fn(extra_args))
-            value, grads, y = derivatives.value_grad_and_hvp(
-                objective, params, z, mode=self.mode
+
+            def own(params: Any) -> tuple[Array, Any]:
+                value, aux = objective(params)
+                return axes.as_varying(value, self.axis_name), (value, aux)
+
+            (_, value), grads, y = derivatives.value_grad_and_hvp(
+                own, params, z, mode=self.mode
             )
             passes.append((value if other is None else value[1], grads))
             return xla.materialized(key, y)
@@ -197,12 +209,12 @@ class _Hutchinson(Estimator):
         if self.control_variate is None:
             diag = multiply(z, product())
         else:
-            own_key = jax.random.fold_in(key, 1)
-            given = {"params": params, "key": own_key, "axis_name": self.axis_name}
-            diag, cv_state = self.control_variate.correct(
-                cv_state, z, product, **given, **extra_args
+            given = {"params": params, "axis_name": self.axis_name}
+            given["key"] = jax.random.fold_in(own_key, 1)
+            diag, state = self.control_variate.correct(
+                state, z, product, **given, **extra_args
             )
-        return passes[0], diag, cv_state
+        return passes[0], diag, state
 
 
 def _with_no_aux(obj_fn: Any, params: Any) -> Callable[[Any], tuple[Array, None]]:

@@ -152,7 +152,7 @@ def scale_by_quadratic_model(
             (jnp.vdot(wide(g), wide(u)) for g, u in zip(grads, tangents, strict=True)),
             start=jnp.zeros((), accumulation_dtype(*jax.tree.leaves(params))),
         )
-        outputs, where, tangent = push_forward(predict_fn, params, tangents)
+        outputs, where, tangent = push_forward(predict_fn, params, tangents, axis_name)
         curvature = curvature_of(outputs, where, tangent, labels)
         state = averaged(state, slope, curvature)
         floats, rebuild = split_differentiable(updates)
