@@ -12,7 +12,11 @@ from jax import Array
 
 from adahessian_jax._src import checks
 from adahessian_jax._src.curvature_state import find_state, nodes_of_type
-from adahessian_jax._src.derivatives import split_differentiable, value_grad_and_hvp
+from adahessian_jax._src.derivatives import (
+    check_mode,
+    split_differentiable,
+    value_grad_and_hvp,
+)
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax._src.orthogonal import Bases, rotate
 from adahessian_jax.estimators.eigenbasis import find_bases
@@ -83,7 +87,11 @@ def hvp(
 
 
 def hessian_diag(
-    fun: Callable[[optax.Params], Array], params: optax.Params, *, chunk_size: int = 32
+    fun: Callable[[optax.Params], Array],
+    params: optax.Params,
+    *,
+    mode: str = "forward-over-reverse",
+    chunk_size: int = 32,
 ) -> optax.Params:
     """Compute the exact diagonal of the Hessian, one Hessian-vector product per entry.
 
@@ -92,6 +100,7 @@ def hessian_diag(
     Args:
       fun: maps parameters to a real scalar.
       params: any pytree of arrays. Integer and boolean leaves are held fixed.
+      mode: how to differentiate twice, see :func:`adahessian_jax.hvp`.
       chunk_size: how many products are computed at a time, each in memory of its own.
 
     Returns:
@@ -99,7 +108,7 @@ def hessian_diag(
       that are held fixed.
 
     Raises:
-      ValueError: if ``chunk_size`` is below 1.
+      ValueError: if ``chunk_size`` is below 1 or ``mode`` is unknown.
       TypeError: if ``fun`` does not return a real scalar, or a parameter is complex.
 
     Examples:
@@ -110,12 +119,15 @@ def hessian_diag(
       [2.0, 0.0]
     """
     checks.check_callable("fun", fun, "params -> loss")
+    check_mode(mode)
     checks.check_int("chunk_size", chunk_size, 1)
     checks.check_real("params", params)
     floats, rebuild = split_differentiable(params)
     _, rebuild_diagonal = split_differentiable(jax.tree.map(jnp.zeros_like, params))
     checked = checks.scalar_function("fun", fun)
-    gradient = jax.grad(lambda floats: checked(rebuild(floats)))
+
+    def objective(floats: list[Array]) -> tuple[Array, None]:
+        return checked(rebuild(floats)), None
 
     starts = list(itertools.accumulate((x.size for x in floats), initial=0))
     widest = accumulation_dtype(*floats)
@@ -126,7 +138,7 @@ def hessian_diag(
             for start, x in zip(starts, floats, strict=False)
         ]
         vector = [u.astype(x.dtype) for u, x in zip(units, floats, strict=True)]
-        column = jax.jvp(gradient, (floats,), (vector,))[1]
+        column = value_grad_and_hvp(objective, floats, vector, mode=mode)[2]
         # Of all terms but one nothing is left, so that nothing is rounded.
         terms = map(lambda c, u: jnp.sum(c, where=u).astype(widest), column, units)
         return sum(terms, start=jnp.zeros((), widest))
@@ -166,6 +178,8 @@ def diagnostics(
       - ``"nonfinite"``: how many entries of estimates were left out of the average so
         far because they were not finite. If it grows, the loss has second derivatives
         that do not exist or overflow, though training goes on.
+      - ``"flat"``: how many entries have no curvature in the average, exactly, though
+        they have momentum: they are divided by ``eps`` alone.
       - ``"trace"``, ``"negative_share"``: the sum of the estimate and the share of its
         entries below zero.
       - ``"relative_error"``, with two estimates a and b: :math:`\|a - b\| / \sqrt{2
@@ -201,6 +215,14 @@ def diagnostics(
     bases = find_bases(inner.estimator_state, len(jax.tree.leaves(mu)))
     keys = ("count", "refreshes", "nonfinite")
     report = {key: getattr(inner, key) for key in keys}
+    flat = [
+        jnp.sum((v == 0) & (m != 0))
+        for v, m in zip(
+            *map(jax.tree.leaves, (inner.nu, _turned(mu, bases))), strict=True
+        )
+        if is_differentiable(v)
+    ]
+    report["flat"] = sum(flat, start=jnp.zeros((), jnp.int32))
     if estimate is None:
         estimate = inner.estimate
     else:

@@ -14,6 +14,7 @@ from jax import Array
 from adahessian_jax._src import checks, curvature_state, estimator, masking
 from adahessian_jax._src.axes import as_varying
 from adahessian_jax._src.derivatives import value_and_grad
+from adahessian_jax._src.dtypes import map_floats, wide
 from adahessian_jax._src.estimator import Curvature, Estimator
 from adahessian_jax._src.microbatches import over_parts
 from adahessian_jax._src.xla import cond, is_traced
@@ -135,7 +136,7 @@ def value_and_grad_with_curvature(
 
         def kept(estimator_state: Any) -> Any:
             (value, grads, _), aux, _ = in_parts(one.plain, ())
-            zeros = jax.tree.map(jnp.zeros_like, curved)
+            zeros = map_floats(wide, jax.tree.map(jnp.zeros_like, curved))
             return (value, grads, zeros), aux, estimator_state
 
         due, refreshed = _refresh_due(states) if refresh is None else (refresh, None)

@@ -50,7 +50,7 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
         return function(*arrays) if labels is None else function(*arrays, labels)
 
     def factor(f: Array, signs: Array, labels: Any) -> Array:
-        h = by_row(jax.hessian(loss), labels, f)
+        h = by_row(jax.jacrev(jax.grad(loss)), labels, f)
         values, vectors = jnp.linalg.eigh(h)
         rounding = 100 * jnp.finfo(values.dtype).eps
         concave = values < -rounding * jnp.abs(values).max(axis=-1, keepdims=True)
@@ -61,7 +61,7 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
 
     def product(f: Array, v: Array, labels: Any) -> Array:
         def one(row: Array, u: Array, *label: Any) -> Array:
-            return jax.jvp(lambda x: jax.grad(loss)(x, *label), (row,), (u,))[1]
+            return jax.vjp(lambda x: jax.grad(loss)(x, *label), row)[1](u)[0]
 
         return by_row(one, labels, f, v)
 

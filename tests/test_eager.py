@@ -192,6 +192,8 @@ CHECKS = {
     "leaks": jax.checking_leaks,
     "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
     "NaN": lambda: jax.debug_nans(True),
+    "infinity": lambda: jax.debug_infs(True),
+    "no jit": jax.disable_jit,
     "legacy keys": lambda: jax.legacy_prng_key("error"),
 }
 SEEDED = {
@@ -210,7 +212,7 @@ SEEDED = {
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", SEEDED)
 def test_passes_the_checks_of_jax(name, check):
-    w, key = jnp.ones((3, 3)), jax.random.key(1)
+    w = jnp.ones((3, 3))
     x = jnp.concatenate([X[:, :2], jnp.zeros((8, 1))], axis=1)  # no curvature in a row
 
     def outputs(w):
@@ -220,7 +222,8 @@ def test_passes_the_checks_of_jax(name, check):
         return SOFTMAX(outputs(w), Y)
 
     with CHECKS[check]():
-        tx = ah.adahessian(0.1, estimator=SEEDED[name](seed=key), update_interval=2)
+        seed = jax.random.key(1) if check == "leaks" else 1
+        tx = ah.adahessian(0.1, estimator=SEEDED[name](seed=seed), update_interval=2)
         args = {"labels": Y} if name == "control" else {"obj_fn": loss}
 
         @jax.jit

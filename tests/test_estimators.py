@@ -146,7 +146,8 @@ def test_ema_control(unbiased):
         c = nu / (1 - b2 ** max(t, 1)) if unbiased else b2 * nu
         d = z * (h @ z - c * z) + (c if unbiased else 0)
         nu = b2 * nu + (1 - b2) * d
-        np.testing.assert_allclose(ravelled(state.curvature.nu), nu, rtol=1e-12)
+        expected = nu / (1 - b2 ** (t + 1))
+        np.testing.assert_allclose(ravelled(state.curvature.nu), expected, rtol=1e-12)
 
 
 REAL = RNG.normal(size=(2, 2))
@@ -274,7 +275,76 @@ def test_keeps_dtypes_and_fixes_what_has_no_derivative():
     assert ah.hvp(zero, fixed, fixed) == ah.hessian_diag(zero, fixed) == {"n": 0}
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_half_precision_overflows_nowhere(scale):
+    """Squares of a factor in float16 are of the range of a float32 average."""
+    x, w = jnp.float16(scale) * jnp.ones((4, 1), jnp.float16), jnp.ones(1, jnp.float16)
+
+    def predict(w):
+        return (x @ w)[:, None]
+
+    factor = ah.gauss_newton(losses.l2_loss)
+    for estimator in (factor, ah.in_eigenbasis(factor)):
+        tx = ah.scale_by_adahessian(
+            eps=0.0, hessian_ema="mean", estimator=estimator, nu_dtype="float32"
+        )
+        state, step = (
+            tx.init(w),
+            jax.jit(functools.partial(tx.update, predict_fn=predict)),
+        )
+        for _ in range(200):
+            _, state = step(w, state, w)
+        # The sum of 4 signs has the mean square of 4.
+        np.testing.assert_allclose(state.curvature.nu, scale**2, rtol=0.5)
+        assert state.curvature.nonfinite == 0
+
+
 # Products with the Hessian, and its diagonal ----------------------------------------
+
+
+@jax.custom_vjp
+def opaque(x):
+    """A tangent has no way through: there is a rule for going back only."""
+    return jnp.tanh(x)
+
+
+opaque.defvjp(lambda x: (opaque(x), x), lambda x, c: (c / jnp.cosh(x) ** 2,))
+
+
+@pytest.mark.usefixtures("x64")
+def test_operations_without_a_forward_rule():
+    w, v = jnp.array([0.3, -1.0]), jnp.array([2.0, 1.0])
+    x, back = jnp.asarray(RNG.normal(size=(5, 2))), {"mode": "reverse-over-reverse"}
+
+    def loss(w, act=opaque):
+        return losses.l2_loss(act(jnp.dot(x, w)), jnp.ones(5))
+
+    h = jax.hessian(lambda w: loss(w, jnp.tanh))(w)
+    np.testing.assert_allclose(ah.hvp(loss, w, v, **back), h @ v)
+    np.testing.assert_allclose(ah.hessian_diag(loss, w, **back), np.diag(h))
+    for differentiate in (lambda: ah.hvp(loss, w, v), lambda: ah.hessian_diag(loss, w)):
+        with pytest.raises(TypeError, match="custom_vjp") as caught:
+            differentiate()
+        assert any(back["mode"] in note for note in caught.value.__notes__)
+    tx, g = ah.scale_by_quadratic_model(losses.l2_loss), jax.grad(loss)(w)
+    update = functools.partial(tx.update, -g, tx.init(w), w, grad=g)
+    steps = (
+        update(predict_fn=lambda w, a=act: a(x @ w))[0] for act in (opaque, jnp.tanh)
+    )
+    np.testing.assert_allclose(*steps)
+    of_row = losses.of_row(lambda f, y: jnp.sum(opaque(f - y) ** 2 + (f - y) ** 2))
+    rows = jnp.asarray(RNG.normal(size=(3, 2))) / 9
+    of_row.check(lambda f: of_row(f, 0 * rows), rows, 0 * rows)
+    assert np.all(np.isfinite(of_row.factor(rows, jnp.ones_like(rows), 0 * rows)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("length", [0.0, 1e-7, 1.0])
+def test_finite_differences_of_vectors_of_any_length(dtype, length):
+    w, v = jnp.array([1.0, 2.0], dtype), jnp.array([length, -length], dtype)
+    got = ah.hvp(lambda w: jnp.sum(w**3), w, v, mode="finite-difference")
+    tolerance = 0.2 if dtype == "float16" else 0.02
+    np.testing.assert_allclose(got, 6 * w * v, rtol=tolerance, atol=1e-7 * length)
 
 
 @pytest.mark.usefixtures("x64")

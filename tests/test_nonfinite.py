@@ -5,6 +5,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adahessian_jax as ah
@@ -62,7 +63,8 @@ def test_follows_the_rule(schedule, hessian_ema, x64):
         assert state.curvature.nonfinite == left_out
     never = np.isnan(mean[:8])
     assert any(never)
-    np.testing.assert_array_equal(np.isinf(state.curvature.nu["a"]), never)
+    unset = state.curvature.nu["a"] == jnp.finfo("float64").max
+    np.testing.assert_array_equal(unset, never)
     assert ah.diagnostics(state)["nonfinite"] == left_out > 20
 
 
@@ -145,6 +147,36 @@ def test_the_low_rank_control_forgets_what_it_cannot_use():
     assert state.control_variate.lengths[0] > 1
 
 
+def test_a_gradient_that_is_nan_is_one_for_adam_too():
+    """From the first step on, and in its own entries only."""
+    w = jnp.array([1.0, 2.0])
+    for tx in (ah.adahessian(0.1), ah.adahessian(0.1, clip_threshold=1.0)):
+        for first_diag in (w, jnp.full(2, jnp.nan)):
+            state, of_adam = tx.init(w), optax.adam(0.1).init(w)
+            for diag, bad in ((first_diag, 0), (w, 0), (w, 1)):
+                g = jnp.ones(2).at[bad].set(jnp.nan)
+                u, state = tx.update(g, state, w, hessian_diag=diag)
+                with jax.numpy_dtype_promotion("standard"):
+                    expected, of_adam = optax.adam(0.1).update(g, of_adam, w)
+                np.testing.assert_array_equal(jnp.isnan(u), jnp.isnan(expected))
+
+
+def test_a_gradient_without_curvature_is_told():
+    """By a warning where values can be seen, and by a count anywhere."""
+    w = {"linear": jnp.ones(3), "curved": jnp.ones(2)}
+
+    def loss(w):
+        return jnp.sum(w["linear"]) + jnp.sum(w["curved"] ** 2)
+
+    tx = ah.adahessian(0.1)
+    grads, state = jax.grad(loss)(w), tx.init(w)
+    with pytest.warns(UserWarning, match=r"params\['linear'\] is zero") as caught:
+        tx.update(grads, state, w, obj_fn=loss)
+    assert len(caught) == 1
+    _, state = jax.jit(lambda s: tx.update(grads, s, w, obj_fn=loss))(state)
+    assert ah.diagnostics(state)["flat"] == 3
+
+
 def test_counters_saturate():
     """After 2**31 updates the averages go on, and no bias is left to correct."""
     tx = ah.scale_by_adahessian(eps=0.0, update_interval=2)
@@ -194,7 +226,8 @@ def test_a_hundred_thousand_updates(interval, hessian_ema, dtype, x64):
     # A step rounds by at most 4 half units, and what it rounds decays with the average.
     eps = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(state.mu, m, atol=2 * eps / (1 - b1))
+    v /= 1 - b2**refreshes
     np.testing.assert_allclose(state.curvature.nu, v, rtol=2 * eps / (1 - b2))
-    h = (v / (1 - b2**refreshes)) ** (1 / order)
+    h = v ** (1 / order)
     tolerance = 2 * eps / (1 - b1) + 2 * eps / (1 - b2)
     np.testing.assert_allclose(updates[-1], m / h, atol=tolerance)

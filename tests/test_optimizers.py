@@ -190,8 +190,7 @@ def test_half_precision_is_accumulated_in_single():
     d = jnp.full(2, 1.001, jnp.float32)  # not to be rounded on its way
     step = jax.jit(lambda s: tx.update(w, s, w, hessian_diag=d)[1])
     state = jax.lax.fori_loop(0, 1000, lambda _, s: step(s), tx.init(w))
-    expected = 1.001**2 * (1 - 0.999**1000)
-    np.testing.assert_allclose(state.curvature.nu, expected, rtol=1e-4)
+    np.testing.assert_allclose(state.curvature.nu, 1.001**2, rtol=1e-4)
 
 
 # newton -----------------------------------------------------------------------------
@@ -300,7 +299,7 @@ def test_no_curvature_along_the_updates_is_a_rate_of_zero_and_integers_stay():
 def test_states_are_those_that_are_documented():
     first, *_ = ah.newton(None, SOFTMAX).init({"w": jnp.ones(2)})
     assert isinstance(first, ScaleByAdaHessianState)
-    assert np.all(np.isinf(first.curvature.nu["w"]))
+    assert np.all(first.curvature.nu["w"] == jnp.finfo("float32").max)
 
 
 # Every estimator --------------------------------------------------------------------

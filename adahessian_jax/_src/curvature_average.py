@@ -2,6 +2,7 @@
 """When curvature is estimated, and how estimates enter their moving average."""
 
 import dataclasses
+import warnings
 import zlib
 from typing import Any
 
@@ -9,16 +10,23 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.tree_util import keystr, tree_leaves_with_path
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import axes, checks, curvature_state
 from adahessian_jax._src.averaging_rule import AveragingRule, average, warn_if_unused
 from adahessian_jax._src.curvature_state import CurvatureState
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
-from adahessian_jax._src.estimator import Curvature, as_estimator, declare
+from adahessian_jax._src.dtypes import (
+    accumulation_dtype,
+    is_differentiable,
+    map_floats,
+    never_estimated,
+    no_estimate,
+)
+from adahessian_jax._src.estimator import Curvature, Estimator, as_estimator, declare
 from adahessian_jax._src.masking import mask_like
 from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias, is_static
-from adahessian_jax._src.xla import cond
+from adahessian_jax._src.xla import cond, is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +36,13 @@ class CurvatureAverage:
     The attributes are the arguments of :func:`adahessian_jax.scale_by_adahessian` of
     these names, and ``reuse_estimate``: whether between estimates the last one enters
     the average on every update, as some published forms have it. Otherwise estimates
-    alone move the average, and its bias is corrected by their number.
+    alone move the average. It is kept with its bias corrected: its t-th term has the
+    weight (1 - b2) / (1 - b2^t), the first the weight 1.
 
     Entries of an estimate whose contribution to the average is not finite are left out,
-    each for itself: the average's bias-corrected value stays as it was, and
+    each for itself: the average stays as it was, and
     ``state.nonfinite`` counts them. The average of an entry that never had an estimate
-    is infinite, and so an update that is divided by it zero.
+    is the largest number of its dtype, and its update zero.
     """
 
     b2: ArrayLike
@@ -89,7 +98,7 @@ class CurvatureAverage:
         like = average(self.averaging, zeros_like(params))
         # An array each: a buffer can be donated once.
         count, refreshes, nonfinite = (jnp.zeros([], jnp.int32) for _ in range(3))
-        nu, estimate = (_full_like(like, jnp.inf, self.nu_dtype) for _ in range(2))
+        nu, estimate = (_never_estimated(like, self.nu_dtype) for _ in range(2))
         return CurvatureState(
             count,
             refreshes,
@@ -127,18 +136,22 @@ class CurvatureAverage:
             else:
                 name = "the estimator's diagonal"
                 args = {**extra_args, **self.handed_on(state)}
-                diag, estimator_state = self.estimator.update(
-                    updates, estimator_state, params, **args
-                )
+                inner = estimator_state, params
+                if isinstance(estimate := self.estimator.update, Estimator):
+                    *_, diag, estimator_state = estimate.value_and_grad(
+                        None, *inner, **args
+                    )
+                else:
+                    diag, estimator_state = estimate(updates, *inner, **args)
             diag = mask_like(diag, params)
             checks.check_like(name, diag, params)
             axes.check_replicas(diag, params)
+            _warn_if_flat(diag, updates)
             diag = average(self.averaging, jax.tree.map(_as_estimate, diag, state.nu))
-            diag = jax.tree.map(lambda d, v: d.astype(v.dtype), diag, state.nu)
             usable = jax.tree.map(self._is_usable, diag, state.nu)
             nonfinite = _saturating_sum(state.nonfinite, usable)
             if self.keeps_estimate:
-                new = jax.tree.map(jnp.where, usable, diag, stored)
+                new = jax.tree.map(_where, usable, diag, stored)
             else:
                 new = self._moved(state, diag, usable)
             return new, nonfinite, estimator_state
@@ -158,7 +171,9 @@ class CurvatureAverage:
         nu, nonfinite, estimator_state = cond(refresh, fresh, kept, estimator_state)
         estimate = None
         if self.keeps_estimate:
-            nu, estimate = self._moved(state, nu, jax.tree.map(lambda _: True, nu)), nu
+            estimate = nu
+            known = map_floats(lambda d: ~never_estimated(d), estimate)
+            nu = self._moved(state, estimate, known)
         count = optax.safe_increment(state.count)
         due = (count % self.update_interval == 0) | (count < self.initial_refreshes)
         seen = optax.safe_increment(state.refreshes)
@@ -173,10 +188,6 @@ class CurvatureAverage:
             estimator_state=estimator_state,
         )
 
-    def bias_correction(self, state: CurvatureState) -> Array:
-        """Return the factor that ``state.nu`` is to be multiplied by."""
-        return debias(self.b2, self._terms(state))
-
     def _terms(self, state: CurvatureState) -> Array:
         """Return how many times the average has moved."""
         return state.count if self.keeps_estimate else state.refreshes
@@ -185,7 +196,7 @@ class CurvatureAverage:
         """Return the average for a control variate, if it is one of the Hessian."""
         if self.hessian_ema != "mean":
             return {}
-        known = jax.tree.map(lambda v: jnp.where(jnp.isinf(v), 0, v), state.nu)
+        known = map_floats(lambda v: jnp.where(never_estimated(v), 0, v), state.nu)
         return {"curvature_ema": CurvatureEMA(known, self.b2, self._terms(state))}
 
     def _is_usable(self, d: Array, v: Array) -> Array:
@@ -197,18 +208,14 @@ class CurvatureAverage:
 
     def _moved(self, state: Any, diag: Any, usable: Any) -> optax.Updates:
         """Return the average moved towards an estimate, where that is usable."""
-        terms = self._terms(state)
-        correction = debias(self.b2, jnp.maximum(terms, 1))
-        seen = 1 / debias(self.b2, optax.safe_increment(terms))
+        correction = debias(self.b2, optax.safe_increment(self._terms(state)))
 
-        def moved(v: Array, d: Array, ok: Any) -> Array:
-            dtype = accumulation_dtype(d, v)
-            d, old = d.astype(dtype), v.astype(dtype)
-            b, never = as_dtype(self.b2, dtype), old == jnp.inf
-            # What leaves the bias-corrected average as it is, if there is nothing new.
-            new = jnp.where(ok, d**self.order, old * correction.astype(dtype))
-            weight = jnp.where(never, seen.astype(dtype), 1 - b)
-            return (weight * new + jnp.where(never, 0, b * old)).astype(v.dtype)
+        def moved(v: Array, d: Array, ok: Array) -> Array:
+            dtype, never = accumulation_dtype(d, v), never_estimated(v)
+            weight = (1 - as_dtype(self.b2, dtype)) * correction.astype(dtype)
+            new = jnp.where(never, 1, weight) * d.astype(dtype) ** self.order
+            old = jnp.where(never, 0, 1 - weight) * v.astype(dtype)
+            return jnp.where(ok, (new + old).astype(v.dtype), v)
 
         return map_floats(moved, state.nu, diag, usable)
 
@@ -218,18 +225,13 @@ _EXTRA_ARGS = ("obj_fn", "predict_fn", "labels", "hessian_diag", "curvature", "g
 
 def zeros_like(tree: Any, dtype: Any = None) -> optax.Updates:
     """Return zeros, sharded like ``tree``, its floating-point leaves in ``dtype``."""
-    return _full_like(tree, 0, dtype)
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    return map_floats(lambda x: jnp.zeros_like(x, dtype), zeros)
 
 
-def _full_like(tree: Any, number: float, dtype: Any) -> optax.Updates:
-    """Return a number for each floating-point entry, and zeros for others."""
-
-    def full(x: Any) -> Array:
-        if not is_differentiable(x):
-            return jnp.zeros_like(x)
-        return jnp.full_like(x, number, dtype=dtype)
-
-    return jax.tree.map(full, tree)
+def _never_estimated(tree: Any, dtype: Any) -> optax.Updates:
+    zeros = zeros_like(tree, dtype)
+    return map_floats(lambda x: jnp.full_like(x, no_estimate(x.dtype)), zeros)
 
 
 def _as_estimate(d: Any, v: Array) -> Array:
@@ -240,10 +242,31 @@ def _as_estimate(d: Any, v: Array) -> Array:
     return d.astype(accumulation_dtype(d if is_differentiable(d) else v))
 
 
+def _warn_if_flat(diag: optax.Updates, updates: optax.Updates) -> None:
+    """Warn, as far as values can be seen, of gradients without curvature."""
+    pairs = zip(tree_leaves_with_path(diag), jax.tree.leaves(updates), strict=True)
+    for (path, d), g in pairs:
+        if is_differentiable(d) and d.size and not is_traced((d, g)):
+            flat = ~jnp.any(d) & jnp.any(g)
+            if not isinstance(flat, jax.core.Tracer) and flat:
+                warnings.warn(
+                    f"The curvature of params{keystr(path)} is zero and its gradient is"
+                    " not, so that its step is divided by eps alone. Set clip_threshold,"
+                    " or take the curvature of the outputs by ah.gauss_newton(loss).",
+                    stacklevel=7,
+                )
+
+
+def _where(usable: Array, d: Array, stored: Array) -> Array:
+    return jnp.where(usable, d.astype(stored.dtype), stored)
+
+
 def _saturating_sum(total: Array, usable: optax.Updates) -> Array:
     """Add how many entries are not usable."""
-    new = jnp.zeros_like(total)
+    new, largest = jnp.zeros_like(total), jnp.iinfo(total.dtype).max
     for x in jax.tree.leaves(usable):
-        new = new + jnp.sum(~x, dtype=total.dtype)
-    largest = jnp.iinfo(total.dtype).max
+        if x.size > largest:
+            new = new + jnp.sum(~x, dtype=total.dtype)
+        else:  # an operation less for each entry
+            new = new + (x.size - jnp.sum(x, dtype=total.dtype))
     return jnp.where(new > largest - total, largest, total + new)

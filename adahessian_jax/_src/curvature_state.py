@@ -28,9 +28,9 @@ class CurvatureState(NamedTuple):
         squares with ``"rms"``, were not finite, shape (), int32.
       fingerprint: of what is averaged, shape (), uint32: a state of another
         ``hessian_ema``, estimator or loss is known by it.
-      nu: moving average of the curvature, not bias-corrected, infinite where there
-        never was an estimate; structure of the parameters, at the size that averaging
-        leaves.
+      nu: moving average of the curvature, bias-corrected; the largest number of its
+        dtype where there never was an estimate. Structure of the parameters, at the
+        size that averaging leaves.
       estimate: the last estimate, at that size, where it enters the average again.
       refresh_due: whether the next update estimates, bool of shape (); None if every
         one does.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """First and second derivatives in the floating-point leaves of any pytree."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, wide
 
 Floats = list[Array]
 
@@ -32,9 +33,16 @@ def value_grad_and_hvp(
     vectors, _ = split_differentiable(tangents, params)
     vectors = [jnp.asarray(v, x.dtype) for v, x in zip(vectors, floats, strict=True)]
     value_and_grad = jax.value_and_grad(lambda x: fun(rebuild(x)), has_aux=True)
-    grads, value, product = _MODES[mode](
-        lambda x: value_and_grad(x)[::-1], floats, vectors
-    )
+    try:
+        grads, value, product = _MODES[mode](
+            lambda x: value_and_grad(x)[::-1], floats, vectors
+        )
+    except TypeError as error:
+        if "custom_vjp" in str(error):
+            error.add_note(
+                "Pass mode='reverse-over-reverse', which needs no such rule."
+            )
+        raise
     return value, rebuild_fixed(grads), rebuild_fixed(product)
 
 
@@ -83,6 +91,18 @@ def squared_norm(leaves: Floats) -> Array:
     return sum((jnp.sum(jnp.square(x.astype(zero.dtype))) for x in leaves), start=zero)
 
 
+def normalized(v: Floats) -> tuple[Floats, Array]:
+    """Return a vector divided by its largest entry, and that entry.
+
+    So that neither squares nor products in half precision underflow.
+    """
+    zero = jnp.zeros((), accumulation_dtype(*v))
+    tops = (jnp.max(jnp.abs(x), initial=0).astype(zero.dtype) for x in v)
+    largest = functools.reduce(jnp.maximum, tops, zero)
+    divisor = jnp.where(largest > 0, largest, 1)
+    return [x.astype(zero.dtype) / divisor for x in v], largest
+
+
 def _forward_over_reverse(gradient: Any, x: Floats, v: Floats) -> Any:
     grads, product, value = jax.jvp(gradient, (x,), (v,), has_aux=True)
     return grads, value, product
@@ -96,15 +116,43 @@ def _reverse_over_reverse(gradient: Any, x: Floats, v: Floats) -> Any:
 
 def _finite_difference(gradient: Any, x: Floats, v: Floats) -> Any:
     rounding = max(float(jnp.finfo(leaf.dtype).eps) for leaf in x)
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    length, norm = (jnp.sqrt(squared_norm(leaves)) for leaves in (x, v))
-    step = rounding ** (1 / 3) * (1 + length) / jnp.maximum(norm, tiny)
+    unit, largest = normalized(v)
+    length, norm = (jnp.sqrt(squared_norm(leaves)) for leaves in (x, unit))
+
+    def moved(a: Array, b: Array, s: Array) -> Array:
+        return (a.astype(b.dtype) + s * b).astype(a.dtype)
+
+    step = rounding ** (1 / 3) * (1 + length) / jnp.maximum(norm, 1)
     ahead, behind = (
-        gradient([a + s.astype(a.dtype) * b for a, b in zip(x, v, strict=True)])[0]
+        gradient([moved(*ab, s) for ab in zip(x, unit, strict=True)])[0]
         for s in (step, -step)
     )
-    pairs = zip(ahead, behind, strict=True)
-    return *gradient(x), [(p - m) / (2 * step).astype(p.dtype) for p, m in pairs]
+    scale, pairs = largest / (2 * step), zip(ahead, behind, strict=True)
+    return *gradient(x), [_times(scale, wide(p) - wide(m), p) for p, m in pairs]
+
+
+def _times(scale: Array, x: Array, like: Array) -> Array:
+    return (scale * x.astype(scale.dtype)).astype(like.dtype)
+
+
+def push_forward(function: Any, x: Floats, v: Floats) -> tuple[Any, Any, Any]:
+    """Return what ``function`` gives, ``(outputs, aux)``, and its Jacobian times v."""
+    if any(wide(a).dtype != a.dtype for a in x):
+        v, largest = normalized(v)
+    else:
+        largest = None
+    v = [b.astype(a.dtype) for a, b in zip(x, v, strict=True)]
+    try:
+        outputs, product, aux = jax.jvp(function, (x,), (v,), has_aux=True)
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        # No rule for going forward: the transpose of the transposed Jacobian, then.
+        outputs, pullback, aux = jax.vjp(function, x, has_aux=True)
+        _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
+        (product,) = transposed(v)
+    product = wide(product)
+    return outputs, aux, product if largest is None else largest * product
 
 
 _MODES = {

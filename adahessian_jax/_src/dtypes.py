@@ -31,6 +31,19 @@ def wide(x: Array) -> Array:
     return x.astype(accumulation_dtype(x))
 
 
+def no_estimate(dtype: Any) -> Any:
+    """Return the mark of an entry of an average that never had an estimate.
+
+    Not infinity, which ``jax_debug_infs`` takes for an error.
+    """
+    return jnp.finfo(dtype).max
+
+
+def never_estimated(average: Array) -> Array:
+    """Where an average never had an estimate."""
+    return average == no_estimate(average.dtype)
+
+
 def accumulation_dtype(*leaves: Any) -> Any:
     """Return float64 if any leaf is, otherwise float32: half precision stalls."""
     double = any(dtype_of(leaf) == jnp.float64 for leaf in leaves)

@@ -14,7 +14,7 @@ from jax import Array
 
 from adahessian_jax._src.axes import AxisName
 from adahessian_jax._src.checks import check_params
-from adahessian_jax._src.dtypes import is_differentiable
+from adahessian_jax._src.dtypes import dtype_of, is_differentiable, map_floats
 from adahessian_jax._src.loss import Loss
 
 
@@ -62,15 +62,19 @@ class Estimator(abc.ABC):
     def __call__(
         self, updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, Any]:
-        """Return the diagonal and the new state."""
+        """Return the diagonal, in the dtypes of ``params``, and the new state."""
         check_params(params)
-        return self.value_and_grad(None, state, params, **extra_args)[2:]
+        *_, diag, state = self.value_and_grad(None, state, params, **extra_args)
+        return map_floats(lambda d, p: d.astype(dtype_of(p)), diag, params), state
 
     @abc.abstractmethod
     def value_and_grad(
         self, fun: Any, state: Any, params: Any, **extra_args: Any
     ) -> tuple[Any, Any, optax.Updates, Any]:
         """Return value, gradient and diagonal of one pass, and the new state.
+
+        The diagonal is in float32 or wider, so that nothing is rounded, or overflows,
+        before it is averaged.
 
         ``fun`` maps parameters to ``(loss, aux)``, or with a ``loss`` to ``((loss,
         outputs), aux)``. Where it is None there is neither value nor gradient, and

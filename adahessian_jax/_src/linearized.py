@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from adahessian_jax._src import derivatives
 from adahessian_jax._src.axes import (
     AxisName,
     as_varying,
@@ -81,9 +82,7 @@ def linearize(
         outputs=_without_nan(name, outputs),
         where=where,
         pullback=lambda s: pullback((jnp.zeros_like(loss), s.astype(outputs.dtype)))[0],
-        as_params=lambda leaves: rebuild_diag(
-            [y.astype(x.dtype) for x, y in zip(floats, leaves, strict=True)]
-        ),
+        as_params=rebuild_diag,
         communicates=communicates(loss_and_outputs, params, axis_name),
     )
 
@@ -94,11 +93,10 @@ def push_forward(
     """Return a network's outputs, ``where``, and the tangents of the outputs."""
     predict = _explained(predict_fn, params)
     floats, rebuild = split_differentiable(params)
-    outputs, tangent, where = jax.jvp(
+    outputs, where, tangent = derivatives.push_forward(
         lambda x: _outputs_and_where("predict_fn", predict(rebuild(x))),
-        (floats,),
-        ([v.astype(x.dtype) for v, x in zip(tangents, floats, strict=True)],),
-        has_aux=True,
+        floats,
+        tangents,
     )
     check_replicas(outputs, floats, axis_name)
     return _without_nan("predict_fn", outputs), where, tangent

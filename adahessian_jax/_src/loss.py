@@ -211,7 +211,7 @@ the reduction, the weights or the loss.
         normal = np.random.default_rng(0).normal(size=outputs.shape)
         v = jnp.asarray(normal, outputs.dtype)
         gradient = jax.grad(checks.scalar_function("loss_fn", loss_fn))
-        true = wide(jax.jvp(gradient, (outputs,), (v,))[1])
+        true = wide(jax.vjp(gradient, outputs)[1](v)[0])
         assumed = self.product(wide(outputs), wide(v), labels) * weights
         size = float(jnp.vdot(assumed, assumed))
         factor = float(jnp.vdot(assumed, true)) / size if size else math.nan

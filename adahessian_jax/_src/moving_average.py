@@ -16,7 +16,7 @@ class CurvatureEMA(NamedTuple):
     """The optimizer's moving average of the Hessian's diagonal, as it hands it on.
 
     Attributes:
-      value: the average, not bias-corrected; the structure of the parameters.
+      value: the average, bias-corrected; the structure of the parameters.
       decay: its decay rate, ``b2``.
       count: how many estimates have entered it.
     """

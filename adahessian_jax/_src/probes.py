@@ -2,6 +2,7 @@
 """Random probe vectors with the structure, shapes and dtypes of the parameters."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,10 @@ def normal_like(key: Array, tree: optax.Params) -> optax.Params:
 def as_key(seed: int | Array) -> Array:
     """Make a PRNG key of an int; return a key as it is.
 
-    The key made is a raw one: it lives in the optimizer's state, and raw keys pass
-    through every checkpoint format.
+    The key made is a raw one, if JAX allows it: it lives in the optimizer's state, and
+    raw keys pass through every checkpoint format.
     """
-    return jax.random.PRNGKey(seed) if isinstance(seed, int) else jnp.copy(seed)
+    if not isinstance(seed, int):
+        return jnp.copy(seed)
+    raw: Any = jax.config.jax_legacy_prng_key
+    return jax.random.PRNGKey(seed) if raw == "allow" else jax.random.key(seed)

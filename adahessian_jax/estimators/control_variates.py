@@ -11,10 +11,10 @@ from jax import Array
 
 from adahessian_jax._src.axes import AxisName, axis_size
 from adahessian_jax._src.checks import check_flag
-from adahessian_jax._src.dtypes import map_floats
+from adahessian_jax._src.dtypes import map_floats, wide
 from adahessian_jax._src.linearized import gauss_newton_part, linearize
 from adahessian_jax._src.loss import Loss, check_loss
-from adahessian_jax._src.moving_average import debias
+from adahessian_jax._src.moving_average import as_dtype, debias
 
 Product = Callable[..., optax.Updates]
 
@@ -42,7 +42,7 @@ class ControlVariate(NamedTuple):
 
 def multiply(probes: optax.Updates, products: optax.Updates) -> optax.Updates:
     """Multiply elementwise the floating-point leaves; the others stay zero."""
-    return map_floats(lambda y, z: z * y, products, probes)
+    return map_floats(lambda y, z: wide(z) * wide(y), products, probes)
 
 
 def ema_control(*, unbiased: bool = True) -> ControlVariate:
@@ -97,12 +97,12 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
                 " static_args=('b2',)."
             )
         average, decay, count = curvature_ema
-        # Before the first estimate the average is zero, and so is its correction.
-        corrected = debias(decay, jnp.maximum(count, 1))
-        scale = corrected if unbiased else jnp.asarray(decay)
+        # The published formula has the average as it began from zero.
+        scale = 1.0 if unbiased else decay / debias(decay, count)
 
         def one(y: Array, z: Array, ema: Array) -> Array:
-            c = scale.astype(z.dtype) * ema.astype(z.dtype)
+            y, z = wide(y), wide(z)
+            c = as_dtype(scale, z.dtype) * ema.astype(z.dtype)
             d = z * (y - c * z)
             return d + c if unbiased else d
 
@@ -214,6 +214,6 @@ def gauss_newton_control(loss: Loss) -> ControlVariate:
                 )
             probed = jax.tree.map(lambda r: n_devices * r, probed)
         known = model.as_params(squares)
-        return map_floats(lambda g, r: g + r, known, probed), state
+        return map_floats(jnp.add, known, probed), state
 
     return ControlVariate(lambda params: (), correct, f"gauss_newton({loss!r})", loss)

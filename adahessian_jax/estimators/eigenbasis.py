@@ -168,7 +168,7 @@ class _InEigenbasis(Estimator):
         each = zip(state.products, state.bases, bases, leaves, strict=True)
         products = tuple(_moved(*x, self.decay) for x in each)
         diag = dtypes.map_floats(
-            lambda g, q: jnp.square(rotate(g, q)).astype(g.dtype),
+            lambda g, q: jnp.square(rotate(g, q)),
             factor,
             jax.tree.unflatten(treedef, bases),
         )

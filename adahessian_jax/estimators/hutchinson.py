@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -168,17 +169,16 @@ class _Hutchinson(Estimator):
             if unroll:
                 keys = xla.after(keys[0], total, otherwise=subkey), keys[1]
             _, d, cv_state = sample(*keys, cv_state)
-            total = dtypes.map_floats(lambda x, y: x + y.astype(x.dtype), total, d)
-            return (total, cv_state), None
+            return (dtypes.map_floats(jnp.add, total, d), cv_state), None
 
         own_keys = jax.random.split(own_key, n)
         keys = (jax.random.split(subkey, n) if shared else own_keys), own_keys
         first, rest = [k[0] for k in keys], [k[1:] for k in keys]
         first_pass, total, cv_state = sample(*first, state.control_variate)
         if n > 1:
-            carry = dtypes.map_floats(dtypes.wide, total), cv_state
+            carry = total, cv_state
             (total, cv_state), _ = xla.scan(add_sample, carry, rest, unroll=unroll)
-        mean = dtypes.map_floats(lambda d, p: (d / n).astype(p.dtype), total, params)
+        mean = dtypes.map_floats(lambda d: d / n, total)
         diag = xla.materialized(key, axes.mean_over_axis(mean, self.axis_name))
         return *first_pass, diag, HutchinsonState(key, cv_state)
 

@@ -131,8 +131,7 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
             wide_q = q.astype(dtype)
             known_product = jnp.tensordot(eigenvalues * qz, wide_q, axes=1)
             known_diagonal = jnp.tensordot(eigenvalues, wide_q**2, axes=1)
-            d = z.astype(dtype) * (y.astype(dtype) - known_product) + known_diagonal
-            return d.astype(z.dtype)
+            return z.astype(dtype) * (y.astype(dtype) - known_product) + known_diagonal
 
         diag = [estimate(*leaves) for leaves in zip(z, raw_y, q, strict=True)]
 

@@ -13,7 +13,11 @@ from adahessian_jax._src.averaging_rule import AveragingRule
 from adahessian_jax._src.checks import check_float, check_float_dtype, check_like
 from adahessian_jax._src.curvature_average import CurvatureAverage, zeros_like
 from adahessian_jax._src.curvature_state import CurvatureState, nan_if_unfit
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.dtypes import (
+    accumulation_dtype,
+    is_differentiable,
+    never_estimated,
+)
 from adahessian_jax._src.moving_average import as_dtype, debias, ema, is_static
 from adahessian_jax._src.orthogonal import Bases, rotate
 from adahessian_jax.estimators.eigenbasis import find_bases
@@ -135,21 +139,18 @@ def divide_by(
         mu_scale = debias(b1, average.count)
         kind = state.curvature, curvature_average.fingerprint
         mu_scale *= nan_if_unfit(*kind, extra_args.get("curvature"))
-        nu_scale = curvature_average.bias_correction(average)
-        # Of the denominator without eps, which is homogeneous in nu.
-        power = as_dtype(hessian_power, nu_scale.dtype) / curvature_average.order
-        scale = nu_scale**power
 
         def rescale(g: Any, p: Array, m: Array, v: Array, q: Bases) -> Array:
             if not is_differentiable(p):
                 return jnp.zeros_like(p)
-            dtype = accumulation_dtype(m, v)
+            dtype, never = accumulation_dtype(m, v), never_estimated(v)
             m, v = rotate(m.astype(dtype), q), v.astype(dtype)
             h = jnp.sqrt(v) if curvature_average.order == 2 else jnp.abs(v)
             if not is_static(hessian_power, 1):
                 h = h ** as_dtype(hessian_power, dtype)
-            numerator = m * (mu_scale / scale).astype(dtype)
-            step = numerator / (h + (as_dtype(eps, scale.dtype) / scale).astype(dtype))
+            # A gradient that is NaN stays so.
+            numerator = m * jnp.where(never, 0, mu_scale.astype(dtype))
+            step = numerator / (h + as_dtype(eps, dtype))
             if clip_threshold is not None:
                 bound = as_dtype(clip_threshold, dtype)
                 step = jnp.clip(step, -bound, bound)
