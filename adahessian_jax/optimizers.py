@@ -15,6 +15,7 @@ from adahessian_jax._src.checks import check_float, check_mask
 from adahessian_jax._src.dtypes import is_differentiable
 from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.moving_average import is_static
+from adahessian_jax._src.stacks import Stacked
 from adahessian_jax.estimators.eigenbasis import in_eigenbasis
 from adahessian_jax.estimators.gauss_newton import gauss_newton
 from adahessian_jax.transforms.adahessian import scale_by_adahessian
@@ -156,6 +157,7 @@ def newton(
     decay: ArrayLike = 0.98,
     max_dim: int = 64,
     n_vectors: int = 8,
+    stacked: Stacked | None = None,
     seed: int | Array = 0,
     axis_name: AxisName = None,
     mu_dtype: DTypeLike | None = None,
@@ -195,6 +197,7 @@ def newton(
       decay: of the averages that the axes are turned by, in [0, 1).
       max_dim: axes of up to this size have a complete basis.
       n_vectors: how many leading eigenvectors a longer axis has.
+      stacked: which axes are stacks of layers: :func:`adahessian_jax.in_eigenbasis`.
       seed: an int or a PRNG key.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. Nothing is needed where arrays are sharded over a mesh.
@@ -251,6 +254,7 @@ def newton(
         decay=decay,
         max_dim=max_dim,
         n_vectors=n_vectors,
+        stacked=stacked,
     )
     parts = [
         scale_by_adahessian(

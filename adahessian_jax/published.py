@@ -4,7 +4,6 @@
 Each reproduces recorded runs of its code to rounding: ``tests/test_trajectories.py``.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src.averaging_rule import KeyPath
+from adahessian_jax._src.averaging_rule import AveragingRule
 from adahessian_jax._src.axes import AxisName
 from adahessian_jax._src.checks import check_flag, check_int, require
 from adahessian_jax._src.curvature_average import CurvatureAverage
@@ -24,7 +23,6 @@ from adahessian_jax.transforms.adahessian import divide_by
 from adahessian_jax.transforms.averaging import conv_spatial_average
 
 Betas = tuple[ArrayLike, ArrayLike]
-IsConv = Callable[[KeyPath, Array], bool]
 
 
 def paper(
@@ -34,8 +32,7 @@ def paper(
     weight_decay: ArrayLike = 0.0,
     hessian_power: ArrayLike = 1.0,
     *,
-    average_conv_kernel: bool = True,
-    is_conv: IsConv | None = None,
+    average_conv_kernel: bool | AveragingRule = True,
     weight_decay_mask: Any = None,
     probe: str | Probe = "rademacher",
     seed: int | Array = 0,
@@ -53,7 +50,6 @@ def paper(
       weight_decay: decoupled weight decay.
       hessian_power: exponent of the curvature.
       average_conv_kernel: average absolute values over convolution kernels.
-      is_conv: which leaves are such kernels.
       weight_decay_mask: which parameters decay.
       probe: of the estimator.
       seed: an int or a PRNG key.
@@ -74,8 +70,8 @@ def paper(
       Yao et al., `ADAHESSIAN <https://arxiv.org/abs/2006.00719>`_, 2021, and
       `amirgholami/adahessian <https://github.com/amirgholami/adahessian>`_
     """
-    options = {"is_conv": is_conv, "weight_decay_mask": weight_decay_mask}
-    options |= {"probe": probe, "seed": seed, "axis_name": axis_name}
+    options = {"weight_decay_mask": weight_decay_mask, "probe": probe, "seed": seed}
+    options["axis_name"] = axis_name
     numbers = lr, betas, eps, weight_decay, hessian_power, 1, 1, average_conv_kernel
     return davda54(*numbers, **options)
 
@@ -88,9 +84,8 @@ def davda54(
     hessian_power: ArrayLike = 1.0,
     update_each: int = 1,
     n_samples: int = 1,
-    average_conv_kernel: bool = False,
+    average_conv_kernel: bool | AveragingRule = False,
     *,
-    is_conv: IsConv | None = None,
     weight_decay_mask: Any = None,
     probe: str | Probe = "rademacher",
     seed: int | Array = 0,
@@ -107,9 +102,8 @@ def davda54(
       update_each: estimate on every so many-th update, at least 1. In between the last
         estimate enters the average again.
       n_samples: how many probes an estimate averages, at least 1.
-      average_conv_kernel: average absolute values over convolution kernels, as
-        :func:`adahessian_jax.conv_spatial_average`.
-      is_conv: which leaves are such kernels, as there.
+      average_conv_kernel: average absolute values over convolution kernels, by the
+        rule :func:`adahessian_jax.conv_spatial_average` or by another that is given.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
       probe: as for :func:`adahessian_jax.hutchinson`.
       seed: an int or a PRNG key.
@@ -130,8 +124,10 @@ def davda54(
       David Samuel, `ada-hessian <https://github.com/davda54/ada-hessian>`_, 2020
     """
     check_int("update_each", update_each, 1)
-    check_flag("average_conv_kernel", average_conv_kernel)
-    averaging = conv_spatial_average(is_conv=is_conv) if average_conv_kernel else None
+    averaging: Any = average_conv_kernel
+    if not callable(averaging):
+        check_flag("average_conv_kernel", averaging)
+        averaging = conv_spatial_average() if averaging else None
     estimator = hutchinson(n_samples, probe=probe, seed=seed, axis_name=axis_name)
     return optax.chain(
         _divide_by("rms", estimator, betas, eps, hessian_power, update_each, averaging),

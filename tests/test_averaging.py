@@ -21,19 +21,21 @@ def kernel(*shape):
 
 @ABS_FIRST
 @pytest.mark.parametrize(
-    ("shape", "spatial_ndim", "axes"),
+    ("shape", "layout", "stacks", "axes"),
     [
-        ((5, 2, 3), None, (0,)),
-        ((3, 3, 2, 4), None, (0, 1)),
-        ((2, 3, 4, 5, 6), None, (0, 1, 2)),
-        ((7, 7, 2, 3), 2, (0, 1)),
-        ((6, 3, 3, 2, 4), 2, (1, 2)),  # scanned layers are kept apart
+        ((5, 2, 3), None, 0, (0,)),
+        ((3, 3, 2, 4), "HWIO", 0, (0, 1)),
+        ((2, 3, 4, 5, 6), None, 0, (0, 1, 2)),
+        ((6, 3, 3, 2, 4), None, 1, (1, 2)),  # scanned layers are kept apart
+        ((4, 2, 3, 3), "OIHW", 0, (2, 3)),
+        ((2, 6, 4, 2, 5), "OIHW", 2, (4,)),
     ],
     ids=str,
 )
-def test_spatial_axes_of_hwio_kernels(shape, spatial_ndim, axes, abs_first):
-    leaf = kernel(*shape)
-    result = ah.conv_spatial_average(spatial_ndim, abs_first=abs_first)(CONV, leaf)
+def test_spatial_axes(shape, layout, stacks, axes, abs_first):
+    leaf, options = kernel(*shape), {"layout": layout, "abs_first": abs_first}
+    rule = ah.conv_spatial_average(**options, stacked=lambda path, leaf: stacks)
+    result = rule(CONV, leaf)
     expected = (np.abs if abs_first else np.asarray)(leaf).mean(axes, keepdims=True)
     np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
@@ -48,6 +50,12 @@ def test_which_leaves():
     assert rule(ATTENTION, kernel(3, 3, 2, 4)).shape == (1, 1, 2, 4)
     leaf = kernel(3, 2, 4)
     assert rule(CONV, leaf) is leaf
+    eqx = pytest.importorskip("equinox")  # whose biases have three axes
+    layer = eqx.nn.Conv2d(2, 4, 3, key=jax.random.key(0))
+    params = {"conv": eqx.filter(layer, eqx.is_array)}
+    tx = ah.adahessian(0.1, averaging=ah.conv_spatial_average(layout="OIHW"))
+    nu = tx.init(params)[0].curvature.nu["conv"]
+    assert (nu.weight.shape, nu.bias.shape) == ((4, 2, 1, 1), (4, 1, 1))
     rule = ah.block_average(0, 2, is_blocked=lambda path, leaf: leaf.ndim == 1)
     np.testing.assert_allclose(rule((), jnp.array([1.0, 3.0])), [2, 2])
 

@@ -17,6 +17,8 @@ from adahessian_jax._src.probes import normal_like
 
 W = {"w": jnp.ones(3), "b": {"c": jnp.ones(2)}}
 NO_C = {"w": W["w"]}
+# Gradients here are not those of the functions.
+pytestmark = pytest.mark.filterwarnings("ignore:The curvature of params")
 L = ah.losses
 SOFTMAX, SQUARED = L.softmax_cross_entropy, L.squared_error
 SUM = SQUARED.replace(reduction="sum")
@@ -28,7 +30,12 @@ EMA = ah.hutchinson(control_variate=ah.ema_control())
 CONTROL = ah.hutchinson(control_variate=ah.gauss_newton_control(SQUARED))
 MODEL = ah.scale_by_quadratic_model(SOFTMAX)
 F, Y, ONES = jnp.ones((4, 2)), jnp.zeros((4, 2)), jnp.ones(4)
+AVERAGE = ah.conv_spatial_average()
 CONV, FIVE = jnp.ones((3, 3, 2, 4)), jnp.ones((2, 3, 3, 2, 4))
+
+
+def is_5d(path, leaf):
+    return leaf.ndim == 5
 
 
 def ada(estimator=HUTCHINSON, **options):
@@ -182,7 +189,11 @@ VALUE_ERRORS = {
     "reduction='sum' contradicts": lambda: fused(NEWTON, both, F, maker=SUM_OF_PARTS),
     "batch[0] of shape (4, 2) cannot be cut along its first": lambda: in_parts(F, 3),
     "array to cut into 2 parts, got 1 scalars only.": lambda: in_parts(F[0, 0], 2),
-    "kernel with 3 spatial": lambda: init_with_rule(ah.conv_spatial_average(3), "conv"),
+    "an axis or more beside its channels":
+        lambda: init_with_rule(ah.conv_spatial_average(stacked=lambda *_: 2), "conv"),
+    "layout must say where the": lambda: init_with_rule(AVERAGE, "conv.weight"),
+    "got 9 for ['b']['c'] of":
+        lambda: ah.newton(0.1, SUM, stacked=lambda *_: 9).init(W),
     "block_average(axis=0, size=2)": lambda: init_with_rule(ah.block_average(0, 2)),
     "a leaf that broadcasts": lambda: init_with_rule(lambda path, leaf: leaf[:1, :2]),
 }
@@ -280,11 +291,12 @@ WAYS_OUT = {
         lambda: [fused(EVERY_2, refresh=refresh) for refresh in (True, None)],
     "loss.replace(reduction='sum')":
         lambda: fused(ah.newton(0.1, SUM), both, F, maker=SUM_OF_PARTS),
-    "with is_conv=": lambda: init_with_rule(
-        ah.conv_spatial_average(3, is_conv=lambda path, leaf: leaf.ndim == 5), "conv"
-    ),
+    "with is_conv=":
+        lambda: init_with_rule(ah.conv_spatial_average(is_conv=is_5d), "conv"),
+    "layout='OIHW', last":
+        lambda: init_with_rule(ah.conv_spatial_average(layout="OIHW"), "conv.weight"),
     "with is_blocked=": lambda: init_with_rule(
-        ah.block_average(0, 2, is_blocked=lambda path, leaf: leaf.ndim == 5)
+        ah.block_average(0, 2, is_blocked=is_5d)
     ),
     "pass static_args=('mu_dtype',)": lambda: injected(static_args=("mu_dtype",)),
     "with jnp.mean for": lambda: update(obj_fn=lambda p: jnp.mean(predict(p))),
@@ -324,7 +336,7 @@ def test_complex_parameters_as_advised():
 
 def test_a_rule_that_averages_nothing_warns():
     with pytest.warns(UserWarning, match=r"none of the 2 parameters, such as \['w'\]"):
-        init_with_rule(ah.conv_spatial_average())
+        init_with_rule(AVERAGE)
     init_with_rule(ah.conv_spatial_average(is_conv=lambda *_: True))  # as it advises
 
 
@@ -335,17 +347,17 @@ WRONG = [  # names, TypeError, ValueError
     ("b1 b2 decay", NUMBERS, [1.0, -0.1, np.nan]),
     ("learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
     ("clip_threshold fraction hessian_power max_learning_rate", NUMBERS, [0.0, -1.0]),
-    ("chunk_size max_dim mc_iters microbatches n_samples rank size spatial_ndim"
+    ("chunk_size max_dim mc_iters microbatches n_samples rank size"
      " update_each update_interval", [2.0, True], [0]),
     ("event_ndim initial_refreshes n_vectors", [2.0, False], [-1]),
     ("axis", [1.0, None, True], []),
     ("abs_first average_conv_kernel has_aux unbiased unroll zack_dugue.control_variate",
      [1, "yes"], []),
-    ("hessian_ema mode reduction", [], ["no such", ["rms"]]),
+    ("hessian_ema layout mode reduction", [], ["no such", ["rms"]]),
     ("loss", ["l2_loss", optax.l2_loss, None], []),
     ("estimator tx", ["hutchinson", ah.hutchinson], []),
     ("control_variate", ["ema", ah.ema_control], []),
-    ("averaging fun is_blocked is_conv loss_fn of_element.loss of_row.loss",
+    ("averaging fun is_blocked is_conv loss_fn of_element.loss of_row.loss stacked",
      [3, "relu"], []),
     ("mu_dtype nu_dtype", [int, "float33", complex], []),
     ("seed", ["0", 1.5, True, W], []),

@@ -372,13 +372,6 @@ def cubed(x):
 cubed.defvjp(lambda x: (cubed(x), x), lambda x, g: (3 * x * x * g,))
 
 
-def test_reverse_over_reverse_needs_no_forward_rule():
-    w = jnp.array([1.0, 2.0])
-    loss, mode = lambda w: jnp.sum(cubed(w)), "reverse-over-reverse"
-    got = ah.hvp(loss, w, jnp.ones(2), mode=mode)
-    np.testing.assert_allclose(got, 6 * w, rtol=1e-6)
-
-
 def test_serves_sophia():
     (params, loss), h = quadratic(jnp.float32, diagonal=True)
     with jax.numpy_dtype_promotion("standard"):  # Sophia needs it

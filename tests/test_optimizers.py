@@ -135,6 +135,7 @@ def test_adahessian_decays_weights_before_the_rate():
 # Entries without an estimate, dtypes, averaging -------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:The curvature of params")
 @pytest.mark.parametrize("hessian_ema", ["rms", "mean"])
 def test_an_entry_that_is_not_finite_changes_that_entry_alone(hessian_ema):
     """It keeps its average; before its first estimate its update is zero."""
@@ -194,6 +195,43 @@ def test_half_precision_is_accumulated_in_single():
 
 
 # newton -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"max_dim": 3, "n_vectors": 2}], ids=str)
+def test_stacked_layers_are_separate_ones(options, x64):
+    """Whether layers lie along leading axes or in a list, each has bases of its own."""
+    rng, shape = np.random.default_rng(0), (2, 3)
+    x = jnp.asarray(rng.normal(size=(16, 5)))
+    first = {"w": rng.normal(size=(*shape, 5, 5)) / 2, "b": np.zeros((*shape, 5))}
+    params = jax.tree.map(jnp.asarray, first)
+
+    def predict(layers):
+        h = x
+        for layer in layers:
+            h = jnp.tanh(h @ layer["w"] + layer["b"])
+        return h
+
+    def apart(p):
+        return [jax.tree.map(lambda a, i=i: a[i], p) for i in np.ndindex(shape)]
+
+    def train(p, predict, **more):
+        tx = ah.newton(0.1, SOFTMAX, update_interval=2, **options, **more)
+        state, step = tx.init(p), jax.jit(functools.partial(descend, tx, predict))
+        for _ in range(6):
+            p, state = step(p, state)
+        return p
+
+    def descend(tx, predict, p, state):
+        labels = jnp.arange(16) % 5
+        grads = jax.grad(lambda p: SOFTMAX(predict(p), labels))(p)
+        updates, state = tx.update(grads, state, p, predict_fn=predict)
+        return optax.apply_updates(p, updates), state
+
+    expected = train(apart(params), predict)
+    got = train(params, lambda p: predict(apart(p)), stacked=lambda path, leaf: 2)
+    close(apart(got), expected, rtol=1e-6, atol=1e-9)
+    other = train(params, lambda p: predict(apart(p)))
+    assert np.abs(other["w"] - got["w"]).max() > 1e-3
 
 
 MASK = {"w": True, "b": False}

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints by Orbax: training goes on as if it had not been interrupted."""
 
+import functools
+import inspect
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
@@ -21,10 +25,12 @@ from tests.test_devices import (
     P,
     X,
     Y,
+    loss_fn,
     make_estimator,
     make_optimizer,
     make_step,
     mesh_of,
+    predict,
     train,
 )
 
@@ -162,15 +168,65 @@ def test_states_of_something_else_are_refused():
             refuses.update(PARAMS, wrong, PARAMS, obj_fn=len)
 
 
-def test_what_may_change_between_runs():
-    """Hyperparameters that leave the state as it is; the update is that of the new."""
-    options = {"b1": 0.8, "b2": 0.9, "eps": 1e-4, "hessian_power": 0.5}
-    options |= {"clip_threshold": 0.1, "update_interval": 5, "initial_refreshes": 3}
-    estimator = ah.hutchinson(4, seed=3, probe="normal")
-    new = ah.scale_by_adahessian(**options, estimator=estimator)
-    states = ah.scale_by_adahessian(update_interval=2).init(PARAMS), new.init(PARAMS)
-    ends = [new.update(PARAMS, s, PARAMS, hessian_diag=PARAMS)[0] for s in states]
-    chex.assert_trees_all_equal(*ends)
+def table_of_the_docs():
+    """Return for each argument the first word of what the docs say of it."""
+    page = pathlib.Path(__file__).parents[1] / "docs" / "composition.md"
+    table = page.read_text().split("| argument | with an old state |")[1]
+    rows = re.findall(r"^\| (`.*?) \| (\w+)", table.split("\n\n")[0], re.M)
+    return {n: word for names, word in rows for n in re.findall(r"`(\w+)`", names)}
+
+
+CHANGED = {  # by what, beside an update_interval of 2
+    ah.adahessian: {"learning_rate": 0.3, "b1": 0.8, "b2": 0.9, "eps": 0.1}
+    | {"hessian_power": 0.5, "hessian_ema": "mean", "update_interval": 5}
+    | {"initial_refreshes": 3, "clip_threshold": 0.1, "weight_decay": 0.1}
+    | {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16", "weight_decay_mask": {}}
+    | {"averaging": lambda path, x: x.mean(0, keepdims=True), **GAUSS_NEWTON},
+    ah.newton: {"loss": SUM, "decay": 0.5, "max_dim": 8, "n_vectors": 4, "seed": 5}
+    | {"axis_name": "data", "stacked": lambda path, x: x.ndim - 1}
+    | {"schedule": optax.constant_schedule(0.5)},
+}
+CHANGES = [(make, *x) for make, change in CHANGED.items() for x in change.items()]
+# Of these the first update tells nothing.
+LATER = ("update_interval", "initial_refreshes", "decay", "b1", "b2")
+
+
+def test_the_table_has_every_argument():
+    arguments = (inspect.signature(make).parameters for make in CHANGED)
+    assert table_of_the_docs().keys() == set().union(*arguments)
+    assert table_of_the_docs().keys() == {name for _, name, _ in CHANGES}
+
+
+@pytest.mark.parametrize(("make", "name", "value"), CHANGES, ids=lambda x: str(x)[:20])
+def test_what_may_change_between_runs(make, name, value):
+    """A free argument acts as if it had been there before, at the first update."""
+    first = {"learning_rate": 0.1, "update_interval": 2}
+    if make is ah.newton:
+        first |= {"loss": LOSS, "max_dim": 16}
+    if name == "schedule":
+        first |= {"learning_rate": None, "schedule": optax.constant_schedule(1.0)}
+    value = jax.tree.map(lambda x: True, PARAMS) if value == {} else value
+    old, new = make(**first), make(**{**first, name: value})
+    state = old.init(PARAMS)
+
+    def update(tx, state):
+        extra = {"obj_fn": lambda p: loss_fn(p, X, Y)}
+        extra["predict_fn"] = lambda p: predict(p, X)
+        one = functools.partial(tx.update, state=state, params=PARAMS, **extra)
+        grads = jax.tree.map(lambda p: p[None], PARAMS)
+        return jax.vmap(one, axis_name="data")(grads)[0]
+
+    verdict = table_of_the_docs()[name]
+    if verdict == "refused":
+        with pytest.raises((ValueError, TypeError, AttributeError)):
+            update(new, state)
+        return
+    expected = old if verdict == "without" else new
+    expected, got = update(expected, expected.init(PARAMS)), update(new, state)
+    if name != "axis_name":  # of other signs
+        chex.assert_trees_all_equal(got, expected)
+    if verdict == "free" and name not in LATER:
+        assert not np.array_equal(got["w"], update(old, state)["w"])
 
 
 def run(*paths):

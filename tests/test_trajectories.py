@@ -30,9 +30,7 @@ def conv_loss(params, x, y):
     return cross_entropy(jnp.dot(h.reshape(len(x), -1), params["w"]) + params["b"], y)
 
 
-def is_kernel(path, leaf):
-    del path
-    return leaf.ndim == 4
+AVERAGE = ah.conv_spatial_average(is_conv=lambda path, leaf: leaf.ndim == 4)
 
 
 FORMS = {
@@ -41,10 +39,10 @@ FORMS = {
         0.05, (0.8, 0.95), 1e-4, 0.01, 0.5, update_each=3, n_samples=2, probe=probe
     ),
     "davda54_conv_averaged": lambda probe: ah.published.davda54(
-        0.05, average_conv_kernel=True, is_conv=is_kernel, probe=probe
+        0.05, average_conv_kernel=AVERAGE, probe=probe
     ),
     "official_conv": lambda probe: ah.published.paper(
-        0.05, weight_decay=0.01, is_conv=is_kernel, probe=probe
+        0.05, weight_decay=0.01, average_conv_kernel=AVERAGE, probe=probe
     ),
     "zackdugue_mlp_control_variate": lambda probe: ah.published.zack_dugue(
         0.01, probe=probe

@@ -251,7 +251,7 @@ def _warn_if_flat(diag: optax.Updates, updates: optax.Updates) -> None:
             if not isinstance(flat, jax.core.Tracer) and flat:
                 warnings.warn(
                     f"The curvature of params{keystr(path)} is zero and its gradient is"
-                    " not, so that its step is divided by eps alone. Set clip_threshold,"
+                    " not: its step is divided by eps alone. Set clip_threshold,"
                     " or take the curvature of the outputs by ah.gauss_newton(loss).",
                     stacklevel=7,
                 )

@@ -40,8 +40,8 @@ def no_estimate(dtype: Any) -> Any:
 
 
 def never_estimated(average: Array) -> Array:
-    """Where an average never had an estimate."""
-    return average == no_estimate(average.dtype)
+    """Where an average never had an estimate; the mark is infinite if it was cast."""
+    return average >= no_estimate(average.dtype)
 
 
 def accumulation_dtype(*leaves: Any) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src.axes import gathered
+from adahessian_jax._src.stacks import over_layers
 
 PRECISION = jax.lax.Precision.HIGHEST  # they have to stay orthogonal
 
@@ -87,7 +88,17 @@ def rotate(x: Array, bases: Bases, *, back: bool = False) -> Array:
     if all(q is None for q in bases):
         return x
     x, cut = gathered(x)
-    for axis, q in enumerate(bases):
-        if q is not None:
-            x = multiply_along(q, x, axis, transpose=not back)
-    return cut(x)
+    n = layers_ndim(bases)
+
+    def turned(x: Array, bases: Bases) -> Array:
+        for axis, q in enumerate(bases):
+            if q is not None:
+                x = multiply_along(q, x, axis, transpose=not back)
+        return x
+
+    return cut(over_layers(turned, n)(x, bases[n:]))
+
+
+def layers_ndim(bases: Bases) -> int:
+    """Return how many leading axes of a tensor are stacks, each layer with bases."""
+    return max(x.ndim for x in jax.tree.leaves(bases)) - 2

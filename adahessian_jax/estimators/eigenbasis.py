@@ -2,6 +2,7 @@
 """A basis for each tensor in which its curvature is nearly diagonal."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,9 +21,11 @@ from adahessian_jax._src.orthogonal import (
     Orthogonal,
     Reflectors,
     first_columns,
+    layers_ndim,
     orthogonal_from_columns,
     rotate,
 )
+from adahessian_jax._src.stacks import Stacked, check_stacked, over_layers, stack_ndim
 
 Products = tuple[Array | None, ...]
 
@@ -50,6 +53,7 @@ def in_eigenbasis(
     decay: ArrayLike = 0.98,
     max_dim: int = 64,
     n_vectors: int = 8,
+    stacked: Stacked | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimate the diagonal in a basis in which the curvature is nearly diagonal.
 
@@ -81,6 +85,9 @@ def in_eigenbasis(
         numbers of state, and 4 n operations for each entry of the tensor in an update.
       n_vectors: how many leading eigenvectors a longer axis has: 3 n k numbers for k of
         them, and 8 k operations for each entry. With 0 it is left as it is.
+      stacked: how many leading axes of a leaf are stacks of layers, as ``nn.scan`` and
+        ``jax.lax.scan`` have them: a function of ``(path, leaf)``, such as ``lambda
+        path, leaf: "blocks" in jax.tree_util.keystr(path)``. Each layer has its bases.
 
     Returns:
       A transformation for :func:`adahessian_jax.adahessian` and
@@ -125,8 +132,9 @@ def in_eigenbasis(
             "estimator must be gauss_newton(loss) with n_samples=1: the bases come from"
             f" the signs of its factor. Got {estimator!r}."
         )
-    turned = _InEigenbasis(inner.axis_name, inner, decay, max_dim, n_vectors)
-    return turned.transformation
+    check_stacked(stacked)
+    options = decay, max_dim, n_vectors, stacked
+    return _InEigenbasis(inner.axis_name, inner, *options).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,6 +145,7 @@ class _InEigenbasis(Estimator):
     decay: ArrayLike
     max_dim: int
     n_vectors: int
+    stacked: Stacked | None
 
     @property
     def loss(self) -> Loss | None:
@@ -147,9 +156,10 @@ class _InEigenbasis(Estimator):
         return f"in_eigenbasis({self.inner.kind})"
 
     def init(self, params: optax.Params) -> EigenbasisState:
-        bases = tuple(map(self._first_bases, jax.tree.leaves(params)))
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        bases = tuple(self._first_bases(path, leaf) for path, leaf in leaves)
         products = jax.tree.map(
-            lambda q: jnp.zeros_like(first_columns(q)),
+            lambda q: jnp.zeros_like(q.right if isinstance(q, Reflectors) else q),
             bases,
             is_leaf=lambda q: isinstance(q, Reflectors),
         )
@@ -174,11 +184,14 @@ class _InEigenbasis(Estimator):
         )
         return value, grads, diag, EigenbasisState(inner_state, products, bases)
 
-    def _first_bases(self, leaf: Any) -> Bases:
+    def _first_bases(self, path: Any, leaf: Any) -> Bases:
         if not dtypes.is_differentiable(leaf):
             return ()
-        dtype = dtypes.accumulation_dtype(leaf)
-        return tuple(self._first_basis(n, dtype) for n in jnp.shape(leaf))
+        dtype, shape = dtypes.accumulation_dtype(leaf), jnp.shape(leaf)
+        n = stack_ndim(self.stacked, path, leaf)
+        bases = [self._first_basis(size, dtype) for size in shape[n:]]
+        repeated = jax.tree.map(lambda x: jnp.tile(x, (*shape[:n], 1, 1)), bases)
+        return (*[None] * n, *repeated)
 
     def _first_basis(self, n: int, dtype: Any) -> Orthogonal | None:
         if 1 < n <= max(self.max_dim, self.n_vectors):
@@ -202,6 +215,8 @@ def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
 
 def _turned(product: Array, basis: Orthogonal) -> Orthogonal:
     """Turn a basis towards the eigenvectors, by one step of orthogonal iteration."""
+    if product.ndim > 2:
+        return over_layers(_turned, product.ndim - 2)(product, basis)
     largest = jnp.max(jnp.abs(product))
     relative = product / jnp.where(largest > 0, largest, 1)
     # The second term keeps vectors without curvature where they are, well above the
@@ -217,6 +232,11 @@ def _moved(
     if all(product is None for product in products):
         return products
     factor, _ = axes.gathered(factor)
+    if n := layers_ndim(bases):
+        rest = over_layers(functools.partial(_moved, decay=decay), n)(
+            products[n:], old_bases[n:], bases[n:], factor
+        )
+        return (*[None] * n, *rest)
 
     def one(axis: int, product: Any, old: Any, new: Any) -> Array | None:
         if product is None:

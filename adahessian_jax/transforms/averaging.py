@@ -7,6 +7,7 @@ to that of the leaf, or the leaf itself where it does not apply.
 """
 
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -14,39 +15,48 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src.averaging_rule import AveragingRule, KeyPath
-from adahessian_jax._src.checks import check_callable, check_flag, check_int, require
+from adahessian_jax._src.checks import (
+    check_callable,
+    check_choice,
+    check_flag,
+    check_int,
+    require,
+)
+from adahessian_jax._src.stacks import Stacked, check_stacked, stack_ndim
 from adahessian_jax._src.xla import mean_of_few
 
 
 def conv_spatial_average(
-    spatial_ndim: int | None = None,
     *,
     abs_first: bool = True,
     is_conv: Callable[[KeyPath, Array], bool] | None = None,
+    layout: str | None = None,
+    stacked: Stacked | None = None,
 ) -> AveragingRule:
     r"""Average the curvature over the spatial axes of convolution kernels.
 
-    For kernels laid out as Flax does, ``(*spatial, in, out)``, with any number of
-    spatial axes. Axes in front of these, as a scanned stack of layers has, are kept
-    apart. The average has size 1 along the spatial axes, and so has the moving average
-    that the optimizer stores: a ninth for 3x3 kernels.
+    The average has size 1 along the spatial axes, and so has the moving average that
+    the optimizer stores: a ninth for 3x3 kernels.
 
     Args:
-      spatial_ndim: the number of spatial axes, those before the last two. None takes
-        all but the last two, which is wrong for scanned layers: say 2 for a scanned
-        stack of two-dimensional convolutions.
       abs_first: average absolute values, as published. False averages with the sign,
         which makes errors of the estimate cancel and is several times more accurate.
       is_conv: which leaves are convolution kernels, a function of ``(path, leaf)``. By
-        default, those with three axes or more and "conv" in their path, in any case:
-        the number of axes alone does not tell a convolution from an attention
-        projection. For other names, say ``lambda path, leaf: leaf.ndim == 4``.
+        default, those with three axes or more and "conv" in their path, in any case,
+        but biases: the number of axes alone does not tell a convolution from an
+        attention projection. For other names: ``lambda path, leaf: leaf.ndim == 4``.
+      layout: ``"HWIO"``, spatial axes first, as in Flax and Haiku, or ``"OIHW"``,
+        spatial axes last, as in Equinox and PyTorch, with any number of spatial axes.
+        None is the first, and refuses a leaf called "weight", as the latter do.
+      stacked: how many leading axes of a leaf are stacks of layers, as ``nn.scan`` and
+        ``jax.lax.scan`` have them: a function of ``(path, leaf)``. They are kept apart.
 
     Returns:
       A rule for the ``averaging`` argument of :func:`adahessian_jax.adahessian`.
 
     Raises:
-      ValueError: if ``spatial_ndim`` < 1; when applied, if a kernel has fewer axes.
+      ValueError: if ``layout`` is unknown; when applied, if a kernel has no spatial
+        axis, or it is not clear which.
       TypeError: if an argument is of the wrong type.
 
     Examples:
@@ -61,28 +71,35 @@ def conv_spatial_average(
       Yao et al., `ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning
       <https://arxiv.org/abs/2006.00719>`_, 2021, section 3.2 and equation 10
     """
-    if spatial_ndim is not None:
-        check_int("spatial_ndim", spatial_ndim, 1)
     check_flag("abs_first", abs_first)
+    check_choice("layout", layout, (None, "HWIO", "OIHW"))
     is_conv = _named_conv if is_conv is None else is_conv
     check_callable("is_conv", is_conv, "(path, leaf) -> bool")
+    check_stacked(stacked)
 
     def rule(path: KeyPath, leaf: Array) -> Array:
         if not is_conv(path, leaf):
             return leaf
-        n = leaf.ndim - 2 if spatial_ndim is None else spatial_ndim
-        first = leaf.ndim - 2 - n
-        if n < 1 or first < 0:
+        name, first = jax.tree_util.keystr(path), stack_ndim(stacked, path, leaf)
+        n = leaf.ndim - 2 - first
+        if n < 1:
             raise ValueError(
-                f"conv_spatial_average takes {jax.tree_util.keystr(path)} for a"
-                f" convolution kernel with {max(n, 1)} spatial axes, but its shape is"
-                f" {leaf.shape}: kernels are (*spatial, in, out). Say which leaves are"
-                " kernels with is_conv=."
+                f"conv_spatial_average takes {name} of shape {leaf.shape} for a"
+                " convolution kernel, which has an axis or more beside its channels and"
+                " stacks. Say which leaves are kernels with is_conv=."
             )
-        n_positions = math.prod(leaf.shape[first:-2])
-        positions = leaf.reshape(*leaf.shape[:first], n_positions, *leaf.shape[-2:])
+        if layout is None and re.search(r"weight\W*$", name):
+            raise ValueError(
+                f"layout must say where the spatial axes of {name} of shape"
+                f" {leaf.shape} are: layout='OIHW', last, as in Equinox and PyTorch, or"
+                " layout='HWIO', first, as in Flax."
+            )
+        first += 2 if layout == "OIHW" else 0
+        end = first + n
+        size = math.prod(leaf.shape[first:end])
+        positions = leaf.reshape(*leaf.shape[:first], size, *leaf.shape[end:])
         mean = mean_of_few(jnp.abs(positions) if abs_first else positions, axis=first)
-        return jnp.expand_dims(mean, tuple(range(first, first + n)))
+        return jnp.expand_dims(mean, tuple(range(first, end)))
 
     return rule
 
@@ -153,7 +170,8 @@ def block_average(
 
 
 def _named_conv(path: KeyPath, leaf: Array) -> bool:
-    return leaf.ndim >= 3 and "conv" in jax.tree_util.keystr(path).lower()
+    name = jax.tree_util.keystr(path).lower()
+    return leaf.ndim >= 3 and "conv" in name and not re.search(r"bias\W*$", name)
 
 
 def _is_matrix(path: KeyPath, leaf: Array) -> bool:
