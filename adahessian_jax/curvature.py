@@ -216,7 +216,7 @@ def diagnostics(
     keys = ("count", "refreshes", "nonfinite")
     report = {key: getattr(inner, key) for key in keys}
     flat = [
-        jnp.sum((v == 0) & (m != 0))
+        jnp.sum((v == 0) & (m != 0), dtype=jnp.int32)
         for v, m in zip(
             *map(jax.tree.leaves, (inner.nu, _turned(mu, bases))), strict=True
         )

@@ -23,7 +23,7 @@ def functional(
 
     Every call sees the module as it is now, batch statistics and the state of its
     random number generators included: dropout has one mask, and what a call changes in
-    the module is dropped.
+    the module is dropped. So make it in each step, and not once before the loop.
 
     Args:
       fun: a function of the module, to the loss or to the outputs.

@@ -183,6 +183,78 @@ def test_inject_hyperparams(make):
         assert optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) > 1e-7, name
 
 
+def bound(tx, **extra_args):
+    """Return a transformation that needs no arguments, for wrappers that take none."""
+    update_fn = functools.partial(tx.update, **extra_args)
+    return optax.GradientTransformation(tx.init, update_fn)
+
+
+def always(step, **extra_args):
+    return jnp.array(True)
+
+
+# Each leaves the first updates as they are.
+WRAPPERS = {
+    "named_chain": lambda tx: optax.named_chain(("ours", tx)),
+    "conditionally_transform": lambda tx: optax.conditionally_transform(tx, always),
+    "conditionally_mask": lambda tx: optax.conditionally_mask(tx, always),
+    "with_extra_args_support": optax.with_extra_args_support,
+    "reduce_on_plateau": lambda tx: optax.chain(tx, optax.contrib.reduce_on_plateau()),
+    "apply_every": lambda tx: optax.chain(tx, optax.apply_every(1)),
+}
+
+
+def updates_of(tx, state=None, **more):
+    """Return the updates of three steps at the same parameters."""
+    state, all_updates = tx.init(PARAMS) if state is None else state, []
+    step = jax.jit(lambda s: tx.update(jax.grad(loss_fn)(PARAMS), s, PARAMS, **more))
+    for _ in range(3):
+        updates, state = step(state)
+        all_updates.append(updates)
+    return all_updates
+
+
+def test_wrappers():
+    """What the docs' table says of each: it works as it is, or by this call."""
+    extra, tx = extra_args(PARAMS), adahessian()
+    expected = updates_of(tx, **extra)
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-7)
+    for name, wrap in WRAPPERS.items():
+        close(updates_of(wrap(tx), **extra, value=loss_fn(PARAMS)), expected), name
+    # Of other probes, for the order of entries is another.
+    _, unravel = jax.flatten_util.ravel_pytree(PARAMS)
+    flat = {k: lambda v, f=f: f(unravel(v)) for k, f in extra.items()}
+    for updates in updates_of(optax.flatten(tx), **flat):
+        assert all(jnp.all(u != 0) for u in jax.tree.leaves(updates))
+    # These take no arguments of their neighbours.
+    inner = bound(tx, **extra)
+    close(updates_of(optax.contrib.split_real_and_imaginary(inner)), expected)
+    sam = optax.contrib.sam(inner, optax.sgd(0.0), sync_period=2)
+    close(updates_of(sam)[1], expected[0])
+    lookahead, pair = optax.lookahead(inner, 9, 0.5), optax.LookaheadParams
+    both = pair.init_synced(PARAMS)
+    updates, _ = lookahead.update(jax.grad(loss_fn)(PARAMS), lookahead.init(both), both)
+    close(updates.fast, expected[0])
+    for wrap in (optax.lookahead, optax.contrib.split_real_and_imaginary):
+        options = (9, 0.5) if wrap is optax.lookahead else ()
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            wrap(tx, *options).update(PARAMS, None, PARAMS, **extra)
+    with pytest.raises(ValueError, match="params must be given"):
+        updates_of(optax.contrib.galore(0.1, 1, base_optimizer=inner))
+    mechanized, params = optax.contrib.mechanize(tx), PARAMS
+    state = mechanized.init(params)
+
+    @jax.jit
+    def step(params, state):
+        args = jax.grad(loss_fn)(params), state, params
+        updates, state = mechanized.update(*args, **extra_args(params))
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(40):
+        params, state = step(params, state)
+    assert loss_fn(params) < loss_fn(PARAMS)
+
+
 def test_an_object_of_multi_steps():
     """As good for the fused function as the transformation that it makes."""
     steps, tx = optax.MultiSteps(adahessian(), 2), adahessian()

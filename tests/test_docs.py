@@ -186,7 +186,7 @@ def test_docstrings_have_the_house_form(entry):
         described = inspect.signature(value).parameters
         assert {"Args", "Returns", "Raises", "Examples"} <= set(found)
     for name in described:
-        assert re.search(rf"^  {name}: ", text, flags=re.MULTILINE), name
+        assert re.search(rf"^  (\*\*)?{name}: ", text, flags=re.MULTILINE), name
 
 
 def test_citation_names_this_version():
