@@ -7,6 +7,7 @@ devices in files of their own: together the rows of the table in docs/compositio
 
 import functools
 import inspect
+import re
 
 import chex
 import jax
@@ -181,6 +182,21 @@ def test_inject_hyperparams(make):
         states = state, state._replace(hyperparams=half)
         a, b = (step(history[-1], s)[0] for s in states)
         assert optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) > 1e-7, name
+
+
+def test_inject_hyperparams_says_what_to_make_static():
+    """Each message names the next argument, until all are."""
+    static = ()
+    while len(static) < 4:
+        make = optax.inject_hyperparams(ah.newton, static_args=static)
+        with pytest.raises(TypeError, match=r"static_args=\('(\w+)',\)") as caught:
+            make(0.1, loss=LOSS).init(PARAMS)
+        static += tuple(re.findall(r"static_args=\('(\w+)'", str(caught.value)))
+    tx = optax.inject_hyperparams(ah.newton, static_args=static)(0.05, loss=LOSS)
+    got, expected = (
+        updates_of(t, **extra_args(PARAMS)) for t in (tx, ah.newton(0.05, LOSS))
+    )
+    chex.assert_trees_all_close(got, expected, rtol=1e-9)
 
 
 def bound(tx, **extra_args):

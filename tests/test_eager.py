@@ -4,18 +4,24 @@
 import contextlib
 import copy
 import functools
+import io
 import pickle
 
+import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from jax._src import monitoring
 
 import adahessian_jax as ah
 from adahessian_jax import losses
+from adahessian_jax._src.curvature_state import nodes_of_type
 from adahessian_jax._src.estimator import are_alike
+from adahessian_jax.transforms.adahessian import ScaleByAdaHessianState
 
 SOFTMAX = losses.softmax_cross_entropy
 RNG = np.random.default_rng(0)
@@ -167,6 +173,52 @@ def test_states_pickle_map_and_are_donated(name):
         fresh = step(*fresh)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(fresh[1]), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def through_equinox(state, like):
+    eqx, file = pytest.importorskip("equinox"), io.BytesIO()
+    eqx.tree_serialise_leaves(file, state)
+    file.seek(0)
+    return eqx.tree_deserialise_leaves(file, like)
+
+
+SAVED = {
+    "msgpack": lambda s, like: serialization.from_bytes(
+        like, serialization.to_bytes(s)
+    ),
+    "numpy": lambda s, like: jax.tree.map(np.asarray, s),
+    "equinox": through_equinox,
+}
+
+
+@pytest.mark.parametrize("name", [*ESTIMATORS, "named"])
+def test_states_go_through_other_tools(name):
+    """Formats, with a typed key as seed; optax's map of parameters; a FrozenDict."""
+    tx = optimizer(name, interval=2) if name in ESTIMATORS else NAMED["newton"]()
+    if name == "hutchinson":
+        tx = ah.adahessian(0.1, estimator=ah.hutchinson(seed=jax.random.key(3)))
+    args = extra_args(name)
+    update = jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, **args))
+    _, state = update(tx.init(PARAMS))
+    for save in SAVED.values():
+        chex.assert_trees_all_equal(update(save(state, tx.init(PARAMS))), update(state))
+    kinds = [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(state)]
+    first = jax.tree.leaves(jax.eval_shape(tx.init, PARAMS))
+    assert kinds == [(x.shape, x.dtype, x.weak_type) for x in first]
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    (mu,) = (x.mu for x in nodes_of_type(ScaleByAdaHessianState, state))
+    (mu2,) = (x.mu for x in nodes_of_type(ScaleByAdaHessianState, doubled))
+    chex.assert_trees_all_equal(mu2, jax.tree.map(lambda m: 2 * m, mu))
+    frozen = flax.core.freeze(PARAMS)
+    updates, _ = tx.update(frozen, tx.init(frozen), frozen, **args)
+    assert isinstance(optax.apply_updates(frozen, updates), flax.core.FrozenDict)
+
+
+def test_keys_of_another_kind_stay_as_they_are():
+    for kind, dtype in (("threefry2x32", "uint32"), ("rbg", "key<rbg>")):
+        state = ah.hutchinson(seed=jax.random.key(0, impl=kind)).init({})
+        assert str(state.key.dtype) == dtype
 
 
 NAMED = {

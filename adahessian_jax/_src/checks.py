@@ -35,7 +35,7 @@ def check_int(name: str, value: Any, minimum: int, *, traceable: bool = False) -
     if traceable and _is_scalar_array(value, jnp.integer):
         return
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    require(is_int, TypeError, name, "an int", value)
+    require(is_int, TypeError, name, "an int" + _static(name, value), value)
     require(value >= minimum, ValueError, name, f">= {minimum}", value)
 
 
@@ -59,15 +59,19 @@ def check_float_dtype(name: str, dtype: Any) -> Any:
     """Return ``dtype`` in the precision that is enabled; raise unless a float."""
     if dtype is None:
         return None
-    rule = "None or a floating-point dtype"
-    if isinstance(dtype, Array):  # as optax.inject_hyperparams makes of it
-        rule += f" (in optax.inject_hyperparams pass static_args=({name!r},))"
+    rule = "None or a floating-point dtype" + _static(name, dtype)
     try:
         kind = jnp.dtype(int if isinstance(dtype, Array) else dtype)
     except TypeError:
         kind = jnp.dtype(int)
     require(jnp.issubdtype(kind, jnp.floating), TypeError, name, rule, dtype)
     return jax.dtypes.canonicalize_dtype(kind)
+
+
+def _static(name: str, value: Any) -> str:
+    """Say what keeps optax.inject_hyperparams from making an array of a value."""
+    hint = f" (in optax.inject_hyperparams pass static_args=({name!r},))"
+    return hint if isinstance(value, Array) else ""
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -108,7 +112,8 @@ def check_axis_name(axis_name: Any) -> None:
 def check_seed(seed: Any) -> None:
     """Raise TypeError unless ``seed`` is an int or a PRNG key."""
     ok = _is_key(seed) or (isinstance(seed, int) and not isinstance(seed, bool))
-    require(ok, TypeError, "seed", f"an int or {_A_KEY}", seed)
+    rule = f"an int or {_A_KEY}" + _static("seed", seed)
+    require(ok, TypeError, "seed", rule, seed)
 
 
 def check_key(key: Any) -> None:

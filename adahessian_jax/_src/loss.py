@@ -88,7 +88,7 @@ class Loss:
         return dataclasses.replace(self, reduction=reduction, event_ndim=event_ndim)
 
     def __call__(
-        self, outputs: ArrayLike, labels: Any, *, where: ArrayLike | None = None
+        self, outputs: ArrayLike, labels: Any = None, *, where: ArrayLike | None = None
     ) -> Array:
         """Return the loss of a batch.
 
@@ -136,7 +136,10 @@ class Loss:
           ValueError: if the outputs have no such rows, or ``where`` does not match.
         """
         if not is_differentiable(outputs):
-            raise TypeError(f"outputs must be floating point, got {outputs.dtype}.")
+            raise TypeError(
+                f"outputs must be floating point, got {outputs.dtype}. If this was a"
+                " call by optax.inject_hyperparams: pass static_args=('loss',)."
+            )
         unfit = f"outputs of shape {outputs.shape} do not fit {self!r}"
         if outputs.ndim < self.event_ndim:
             raise ValueError(

@@ -81,12 +81,14 @@ def normal_like(key: Array, tree: optax.Params) -> optax.Params:
 
 
 def as_key(seed: int | Array) -> Array:
-    """Make a PRNG key of an int; return a key as it is.
+    """Make a PRNG key of an int; return a key as a new array.
 
-    The key made is a raw one, if JAX allows it: it lives in the optimizer's state, and
-    raw keys pass through every checkpoint format.
+    It is a raw one, if JAX allows it and the key is of the kind in use: it lives in the
+    optimizer's state, and raw keys pass through every checkpoint format.
     """
-    if not isinstance(seed, int):
-        return jnp.copy(seed)
-    raw: Any = jax.config.jax_legacy_prng_key
-    return jax.random.PRNGKey(seed) if raw == "allow" else jax.random.key(seed)
+    config: Any = jax.config
+    key = jax.random.key(seed) if isinstance(seed, int) else jnp.copy(seed)
+    if config.jax_legacy_prng_key != "allow" or key.dtype == jnp.uint32:
+        return key
+    usual = str(jax.random.key_impl(key)) == config.jax_default_prng_impl
+    return jax.random.key_data(key) if usual else key

@@ -157,6 +157,9 @@ class _InEigenbasis(Estimator):
 
     def init(self, params: optax.Params) -> EigenbasisState:
         leaves = jax.tree_util.tree_leaves_with_path(params)
+        if not leaves:  # or optax.tree.map_params has a stand-in for all of them
+            nothing: Any = [jnp.zeros(0), jnp.zeros(0)]
+            return EigenbasisState(self.inner.init(params), *nothing)
         bases = tuple(self._first_bases(path, leaf) for path, leaf in leaves)
         products = jax.tree.map(
             lambda q: jnp.zeros_like(q.right if isinstance(q, Reflectors) else q),
@@ -172,6 +175,8 @@ class _InEigenbasis(Estimator):
             fun, state.estimator_state, params, **extra_args
         )
         leaves, treedef = jax.tree.flatten(factor)
+        if not leaves:
+            return value, grads, factor, state._replace(estimator_state=inner_state)
         # Bases of earlier factors only: in those fitted to this one, its square would
         # be too large along the first vectors and too small along the others.
         bases = jax.tree.map(_turned, state.products, state.bases)
