@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax import export
 
 import adahessian_jax as ah
 from benchmarks.networks import NETWORKS
 
+NHWC = ("NHWC", "HWIO", "NHWC")
 LOSS = ah.losses.softmax_cross_entropy
 
 
@@ -100,6 +102,25 @@ def test_memory_does_not_grow_with_samples(network):
     memory = {n: cost(network, "hutchinson", n)[1] for n in (1, 4, 8)}
     assert memory[8] <= 1.02 * memory[4]
     assert memory[4] <= 1.7 * memory[1]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_programs_are_for_the_platform_that_they_run_on(platform):
+    """What XLA:CPU needs, loops and sums of a few, is not in programs for others."""
+    params = {"conv": jnp.ones((3, 3, 2, 4)), "w": jnp.ones((4, 3))}
+
+    def loss(p):
+        x = jax.lax.conv_general_dilated(
+            jnp.ones((2, 5, 5, 2)), p["conv"], (1, 1), "VALID", dimension_numbers=NHWC
+        )
+        return jnp.sum(jnp.tanh(x) @ p["w"]) ** 2
+
+    tx = ah.adahessian(0.1, averaging=ah.conv_spatial_average())
+    step = jax.jit(lambda p, s: tx.update(jax.grad(loss)(p), s, p, obj_fn=loss))
+    program = export.export(step, platforms=[platform])(params, tx.init(params))
+    text = program.mlir_module()
+    assert ("stablehlo.while" in text) == (platform == "cpu")
+    assert ("tensor<9x2x4xf32>) -> tensor<1x2x4xf32>" in text) == (platform == "cpu")
 
 
 def test_donated_parameters_and_state_are_reused():

@@ -45,33 +45,39 @@ def is_traced(tree: Any) -> bool:
 
 
 def materialized(key: Array, tree: optax.Updates) -> optax.Updates:
-    """Return a tree, on CPU in a way that it is written out before it is used.
+    """Return a tree, where it runs on CPU written out before it is used.
 
     A Hessian-vector product for a layer amid a network is the transpose of a sum, which
     XLA:CPU fuses into what the optimizer does with it. That then reads memory in
     strides, a fifth of the time of an MLP's step, and multiplies by the probe, unpacked
     from its bits, wherever the estimate is used. The operands of a loop are left alone.
     """
-    if jax.default_backend() != "cpu" or not is_traced((key, tree)):
+    if not is_traced((key, tree)):
         return tree
     # Never true, but the compiler cannot know.
     never = jax.random.key_data(key).ravel()[0].astype(jnp.float32) > jnp.inf
 
-    return map_floats(lambda x: _through_loop(x, never) if x.ndim > 1 else x, tree)
+    return map_floats(lambda x: _written_out(x, never) if x.ndim > 1 else x, tree)
 
 
 @jax.custom_jvp
-def _through_loop(x: Array, never: Array) -> Array:
-    return jax.lax.while_loop(
-        lambda carry: carry[1],
-        lambda carry: (carry[0][::-1], jnp.zeros_like(carry[1])),
-        (x, never),
-    )[0]
+def _written_out(x: Array, never: Array) -> Array:
+    def through_loop(x: Array, never: Array) -> Array:
+        return jax.lax.while_loop(
+            lambda carry: carry[1],
+            lambda carry: (carry[0][::-1], jnp.zeros_like(carry[1])),
+            (x, never),
+        )[0]
+
+    # What the program is compiled for decides, and not what it is traced on.
+    return jax.lax.platform_dependent(
+        x, never, cpu=through_loop, default=lambda x, never: x
+    )
 
 
-@_through_loop.defjvp
-def _through_loop_jvp(primals: Any, tangents: Any) -> Any:
-    return _through_loop(*primals), tangents[0]
+@_written_out.defjvp
+def _written_out_jvp(primals: Any, tangents: Any) -> Any:
+    return _written_out(*primals), tangents[0]
 
 
 def after(key: Array, done: optax.Updates, *, otherwise: Array) -> Array:
@@ -88,13 +94,20 @@ def after(key: Array, done: optax.Updates, *, otherwise: Array) -> Array:
 
 
 def mean_of_few(x: Array, axis: int) -> Array:
-    """Return the mean over an axis, by additions where it is short.
+    """Return the mean over an axis, on CPU by additions where it is short.
 
     XLA:CPU's reduction over the nine leading entries of 3x3 kernels takes 4.4 times an
     optimizer's whole update, these additions three quarters of one.
     """
     n = x.shape[axis]
-    if n > 32:
+
+    def added(x: Array) -> Array:
+        parts = [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(n)]
+        return sum(parts[1:], start=parts[0]) / n
+
+    def reduced(x: Array) -> Array:
         return jnp.mean(x, axis=axis)
-    parts = [jax.lax.index_in_dim(x, i, axis, keepdims=False) for i in range(n)]
-    return sum(parts[1:], start=parts[0]) / n
+
+    if n > 32 or not is_traced(x):
+        return reduced(x)
+    return jax.lax.platform_dependent(x, cpu=added, default=reduced)
