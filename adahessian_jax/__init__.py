@@ -15,6 +15,7 @@ from adahessian_jax.optimizers import adahessian, newton
 from adahessian_jax.transforms.adahessian import scale_by_adahessian
 from adahessian_jax.transforms.averaging import block_average, conv_spatial_average
 from adahessian_jax.transforms.quadratic_model import scale_by_quadratic_model
+from adahessian_jax.transforms.soap import scale_by_soap
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "rademacher_like",
     "scale_by_adahessian",
     "scale_by_quadratic_model",
+    "scale_by_soap",
     "unmasked",
     "value_and_grad_with_curvature",
 ]

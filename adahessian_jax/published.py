@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published AdaHessians by name, with the arguments that their users know.
+"""The published AdaHessians, and SOAP, with the arguments that their users know.
 
 Each reproduces recorded runs of its code to rounding: ``tests/test_trajectories.py``.
 """
@@ -14,13 +14,14 @@ from jax.typing import ArrayLike
 
 from adahessian_jax._src.averaging_rule import AveragingRule
 from adahessian_jax._src.axes import AxisName
-from adahessian_jax._src.checks import check_flag, check_int, require
+from adahessian_jax._src.checks import check_flag, check_float, check_int, require
 from adahessian_jax._src.curvature_average import CurvatureAverage
 from adahessian_jax.estimators.control_variates import ema_control
 from adahessian_jax.estimators.hutchinson import Probe, hutchinson
 from adahessian_jax.optimizers import decoupled_weight_decay, scale_by_rate
 from adahessian_jax.transforms.adahessian import divide_by
 from adahessian_jax.transforms.averaging import conv_spatial_average
+from adahessian_jax.transforms.soap import scale_by_soap
 
 Betas = tuple[ArrayLike, ArrayLike]
 
@@ -200,6 +201,86 @@ def zack_dugue(
     )
 
 
+def soap(
+    lr: optax.ScalarOrSchedule = 3e-3,
+    betas: Betas = (0.95, 0.95),
+    shampoo_beta: ArrayLike | None = None,
+    eps: ArrayLike = 1e-8,
+    weight_decay: ArrayLike = 0.01,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    precondition_1d: bool = False,
+    *,
+    weight_decay_mask: Any = None,
+) -> optax.GradientTransformation:
+    """SOAP of nikhilvyas/SOAP: Adam in turned axes, which needs no curvature.
+
+    Args:
+      lr: learning rate, a number or a schedule.
+      betas: decay rates of the averages of the gradient and its square.
+      shampoo_beta: of those that the axes are turned by; None for the second of these.
+      eps: added to the denominator.
+      weight_decay: decoupled, of the parameter after its step, as in the code.
+      precondition_frequency: turn the axes on every so many-th update.
+      max_precond_dim: longer axes are not turned.
+      precondition_1d: turn tensors of one axis, too.
+      weight_decay_mask: which parameters decay, as in ``optax.adamw``.
+
+    Returns:
+      A transformation. Its first update is 0 and only starts the axes, as in the code.
+
+    Raises:
+      ValueError: if an argument is out of range.
+      TypeError: if an argument is of the wrong type.
+
+    Examples:
+      >>> import adahessian_jax as ah
+      >>> tx = ah.published.soap(3e-3)
+
+    References:
+      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, and
+      `nikhilvyas/SOAP <https://github.com/nikhilvyas/SOAP>`_
+    """
+    check_int("precondition_frequency", precondition_frequency, 1)
+    check_int("max_precond_dim", max_precond_dim, 1)
+    check_flag("precondition_1d", precondition_1d)
+    if shampoo_beta is not None:
+        check_float("shampoo_beta", shampoo_beta, 0.0, 1.0)
+    b1, b2 = _pair(betas)
+    options: dict[str, Any] = {"every": precondition_frequency, "decay": shampoo_beta}
+    options |= {"max_dim": max_precond_dim, "turn_vectors": precondition_1d}
+    decay = decoupled_weight_decay(weight_decay, weight_decay_mask)
+    rate = scale_by_rate(lr, "lr")
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None
+    ) -> tuple[optax.Updates, Any]:
+        count, rate_state = state
+        # Of the stepped parameter: u - lr * decay * (p + u); nothing at first.
+        stepped = jax.tree.map(lambda p, u: p + u, params, updates)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        decayed, _ = decay.update(zeros, decay.init(params), stepped)
+        shrunk, rate_state = rate.update(decayed, rate_state, params)
+        shrunk = jax.tree.map(lambda x: jnp.where(count == 0, 0, x), shrunk)
+        added = jax.tree.map(jnp.add, updates, shrunk)
+        return added, (optax.safe_increment(count), rate_state)
+
+    def init_fn(params: Any) -> Any:
+        return jnp.zeros([], jnp.int32), rate.init(params)
+
+    return optax.chain(
+        scale_by_soap(b1, b2, eps, **options),
+        rate,
+        optax.GradientTransformation(init_fn, update_fn),
+    )
+
+
+def _pair(betas: Any) -> Any:
+    is_pair = isinstance(betas, tuple | list) and len(betas) == 2
+    require(is_pair, TypeError, "betas", "a pair of decay rates", betas)
+    return betas
+
+
 def _divide_by(
     hessian_ema: str,
     estimator: Any,
@@ -209,8 +290,7 @@ def _divide_by(
     update_each: int = 1,
     averaging: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    is_pair = isinstance(betas, tuple | list) and len(betas) == 2
-    require(is_pair, TypeError, "betas", "a pair of decay rates", betas)
-    parts = betas[1], hessian_ema, estimator, update_each, 0, averaging, None
+    b1, b2 = _pair(betas)
+    parts = b2, hessian_ema, estimator, update_each, 0, averaging, None
     average = CurvatureAverage(*parts, reuse_estimate=True)
-    return divide_by(average, betas[0], eps, hessian_power)
+    return divide_by(average, b1, eps, hessian_power)

@@ -344,15 +344,15 @@ def test_a_rule_that_averages_nothing_warns():
 NUMBERS = ["0.1", True, (0.1,)]
 # fmt: off
 WRONG = [  # names, TypeError, ValueError
-    ("b1 b2 decay", NUMBERS, [1.0, -0.1, np.nan]),
+    ("b1 b2 decay shampoo_beta", NUMBERS, [1.0, -0.1, np.nan]),
     ("learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
     ("clip_threshold fraction hessian_power max_learning_rate", NUMBERS, [0.0, -1.0]),
-    ("chunk_size max_dim mc_iters microbatches n_samples rank size"
-     " update_each update_interval", [2.0, True], [0]),
+    ("chunk_size every max_dim max_precond_dim mc_iters microbatches n_samples"
+     " precondition_frequency rank size update_each update_interval", [2.0, True], [0]),
     ("event_ndim initial_refreshes n_vectors", [2.0, False], [-1]),
     ("axis", [1.0, None, True], []),
-    ("abs_first average_conv_kernel has_aux unbiased unroll zack_dugue.control_variate",
-     [1, "yes"], []),
+    ("abs_first average_conv_kernel has_aux precondition_1d turn_vectors unbiased"
+     " unroll zack_dugue.control_variate", [1, "yes"], []),
     ("hessian_ema layout mode reduction", [], ["no such", ["rms"]]),
     ("loss", ["l2_loss", optax.l2_loss, None], []),
     ("estimator tx", ["hutchinson", ah.hutchinson], []),
@@ -378,6 +378,7 @@ WRONG = {
 }
 # Each function, and a right call of it.
 BARE = [ah.conv_spatial_average, ah.ema_control, ah.hutchinson, SQUARED.replace]
+BARE += [ah.scale_by_soap, ah.published.soap]
 BARE += [ah.scale_by_adahessian, ah.published.paper, ah.published.zack_dugue]
 OF_LOSS = [ah.gauss_newton, ah.gauss_newton_control, ah.scale_by_quadratic_model]
 # fmt: off

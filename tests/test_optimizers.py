@@ -11,6 +11,7 @@ import pytest
 
 import adahessian_jax as ah
 from adahessian_jax import losses
+from adahessian_jax._src.probes import normal_like
 from adahessian_jax.transforms.adahessian import ScaleByAdaHessianState
 from tests.problems import dense_ggn, quadratic
 
@@ -192,6 +193,42 @@ def test_half_precision_is_accumulated_in_single():
     step = jax.jit(lambda s: tx.update(w, s, w, hessian_diag=d)[1])
     state = jax.lax.fori_loop(0, 1000, lambda _, s: step(s), tx.init(w))
     np.testing.assert_allclose(state.curvature.nu, 1.001**2, rtol=1e-4)
+
+
+# SOAP -------------------------------------------------------------------------------
+
+
+def test_soap_of_leaves_of_all_kinds():
+    """In jit or not; what is not finite is in no basis, and bases stay orthogonal."""
+    shapes = [(), (0,), (1,), (3,), (1, 2), (3, 2), (0, 2), (2, 2, 2), (2, 1, 2, 3, 2)]
+    rng = np.random.default_rng(0)
+    params = [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+    params = {"floats": params, "none": None}
+    tx = ah.published.soap(0.1, precondition_frequency=2, precondition_1d=True)
+    whole = {"n": jnp.arange(3)}
+    assert jax.tree.structure(optax.tree.map_params(tx, abs, tx.init(params))) == (
+        jax.tree.structure(tx.init(params))
+    )
+    held, _ = ah.scale_by_soap().update(whole, ah.scale_by_soap().init(whole))
+    np.testing.assert_array_equal(held["n"], 0)
+    state, jitted = tx.init(params), jax.jit(tx.update)
+    for t in range(6):
+        key = jax.random.key(t)
+        grads = params | {"floats": normal_like(key, params["floats"])}
+        if t == 3:
+            grads["floats"][5] = grads["floats"][5].at[0, 0].set(jnp.nan)
+        expected, _ = jitted(grads, state, params)
+        updates, state = tx.update(grads, state, params)
+        close(updates, expected, rtol=1e-4, atol=1e-5)
+        for u, g in zip(*map(jax.tree.leaves, (updates, grads)), strict=True):
+            assert np.any(u != 0) == (t > 0 and u.size > 0)
+            assert np.all(np.isfinite(u)) or np.shape(g) == (3, 2)
+    for q in jax.tree.leaves(state[0].bases):
+        np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-5)
+    shapes_of = [tuple(q is not None for q in bases) for bases in state[0].bases]
+    assert shapes_of[3] == (True,)
+    assert shapes_of[4] == (False, True)
+    assert shapes_of[8] == (True, False, True, True, True)
 
 
 # newton -----------------------------------------------------------------------------

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SOAP: Adam in the eigenbases of the gradients' covariances."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from adahessian_jax._src import checks
+from adahessian_jax._src.axes import gathered
+from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.moving_average import as_dtype, debias, ema
+from adahessian_jax._src.orthogonal import PRECISION, rotate
+from adahessian_jax._src.xla import cond
+
+Grams = tuple[Array | None, ...]
+
+
+class ScaleBySoapState(NamedTuple):
+    """State of SOAP.
+
+    Attributes:
+      count: number of updates so far, shape (), int32.
+      mu: moving average of the gradient; structure and shapes of the parameters.
+      nu: that of its square in the turned axes, of the same structure.
+      grams: for each parameter, in the order of ``jax.tree.leaves``, a tuple of one for
+        each axis: the moving average of the gradient times itself over all other axes,
+        (size, size); None for an axis that is not turned.
+      bases: the same of orthogonal matrices, whose columns are the axes.
+    """
+
+    count: Array  # type: ignore[assignment]  # hides tuple.count
+    mu: optax.Updates
+    nu: optax.Updates
+    grams: tuple[Grams, ...]
+    bases: tuple[Grams, ...]
+
+
+def scale_by_soap(
+    b1: ArrayLike = 0.95,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    *,
+    decay: ArrayLike | None = None,
+    every: int | Array = 10,
+    max_dim: int = 10_000,
+    turn_vectors: bool = False,
+) -> optax.GradientTransformation:
+    r"""Rescale gradients as Adam does, in axes turned by their covariances.
+
+    For a matrix with gradients :math:`g_t` and averages of them :math:`m_t`,
+
+    .. math::
+      \begin{align*}
+        v_t &\leftarrow \beta_2 v_{t-1} + (1 - \beta_2) (Q_L^\top g_t Q_R)^2 \\
+        u_t &\leftarrow Q_L \left( \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t}
+          \frac{Q_L^\top m_t Q_R}{\sqrt{v_t} + \varepsilon} \right) Q_R^\top \\
+        L_t &\leftarrow \rho L_{t-1} + (1 - \rho) g_t g_t^\top, \quad
+        R_t \leftarrow \rho R_{t-1} + (1 - \rho) g_t^\top g_t
+      \end{align*}
+
+    where :math:`\rho` is ``decay``. The first update only starts :math:`Q_L, Q_R`, at
+    the eigenvectors of :math:`L` and :math:`R`; each ``every``-th one moves them by a
+    step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`.
+
+    Args:
+      b1: decay rate of the average of the gradient, in [0, 1).
+      b2: the same for its square.
+      eps: added to the denominator, at least 0.
+      decay: of the averages that the axes are turned by, in [0, 1); by default ``b2``.
+      every: turn on each so many-th update, at least 1.
+      max_dim: longer axes are left as they are. An axis of n takes 2 n² numbers of
+        state and 4 n operations for each entry of the tensor, and n³ to turn.
+      turn_vectors: whether tensors of one axis are turned, too.
+
+    Returns:
+      A transformation, with a :class:`.ScaleBySoapState`. It needs no function, and
+      updates are 0 for the first gradient and for parameters that are not floating
+      point. A gradient that is not finite never enters the axes.
+
+    Raises:
+      ValueError: if an argument is out of range.
+      TypeError: if an argument is of the wrong type, or a parameter is complex.
+
+    Examples:
+      >>> import jax, optax, jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> h, w = jnp.array([[2.0, 1.9], [1.9, 2.0]]), jnp.array([[1.0, 2.0], [3.0, -1.0]])
+      >>> def loss(w): return jnp.sum(w * (h @ w))
+      >>> tx = optax.chain(ah.scale_by_soap(), optax.scale(-0.05))
+      >>> state = tx.init(w)
+      >>> for _ in range(100):
+      ...   updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...   w = optax.apply_updates(w, updates)
+      >>> bool(loss(w) < 0.01)
+      True
+
+    References:
+      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, algorithm 3, and
+      `nikhilvyas/SOAP <https://github.com/nikhilvyas/SOAP>`_
+    """
+    checks.check_float("b1", b1, 0.0, 1.0)
+    checks.check_float("b2", b2, 0.0, 1.0)
+    checks.check_float("eps", eps, 0.0)
+    checks.check_float("decay", b2 if decay is None else decay, 0.0, 1.0)
+    checks.check_int("every", every, 1, traceable=True)
+    checks.check_int("max_dim", max_dim, 1)
+    checks.check_flag("turn_vectors", turn_vectors)
+
+    def first_grams(leaf: Any) -> Grams:
+        shape, dtype = jnp.shape(leaf), accumulation_dtype(leaf)
+        if not is_differentiable(leaf) or len(shape) < 1 + (not turn_vectors):
+            return (None,) * len(shape)
+        turned = (1 < n <= max_dim for n in shape)
+        pairs = zip(shape, turned, strict=True)
+        return tuple(jnp.zeros((n, n), dtype) if yes else None for n, yes in pairs)
+
+    def init_fn(params: optax.Params) -> ScaleBySoapState:
+        checks.check_real("params", params)
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        leaves = jax.tree.leaves(params)
+        grams: Any = tuple(map(first_grams, leaves))
+        if not leaves:  # or optax.tree.map_params has a stand-in for all of them
+            grams = jnp.zeros(0)
+        bases = jax.tree.map(jnp.zeros_like, grams)
+        return ScaleBySoapState(jnp.zeros([], jnp.int32), mu, nu, grams, bases)
+
+    def update_fn(
+        updates: Any, state: ScaleBySoapState, params: Any = None
+    ) -> tuple[optax.Updates, ScaleBySoapState]:
+        del params
+        checks.check_like("updates", updates, state.mu)
+        count, first = state.count, state.count == 0
+        t = jnp.maximum(count, 1)
+        scale = debias(b1, t) / jnp.sqrt(debias(b2, t))
+
+        def rescale(g: Any, m: Array, v: Array, q: Grams) -> tuple[Any, Any, Any]:
+            if not is_differentiable(m):
+                return jnp.zeros_like(m), m, v
+            new_m = ema(b1, g, m)
+            new_v = ema(b2, jnp.square(rotate(g.astype(new_m.dtype), q)), v)
+            step = rotate(new_m, q) * scale.astype(new_m.dtype)
+            step /= jnp.sqrt(new_v) + as_dtype(eps, new_v.dtype)
+            step = jnp.where(first, 0, rotate(step, q, back=True))
+            m, v = (
+                jnp.where(first, old, new.astype(old.dtype))
+                for old, new in ((m, new_m), (v, new_v))
+            )
+            return step.astype(g.dtype), m, v
+
+        leaves, treedef = jax.tree.flatten(updates)
+        if not leaves:
+            return updates, state._replace(count=optax.safe_increment(count))
+        old = map(jax.tree.leaves, (state.mu, state.nu))
+        each = zip(leaves, *old, state.bases, strict=True)
+        rescaled = [rescale(*x) for x in each]
+        steps, mu, nu = (tuple(x[i] for x in rescaled) for i in range(3))
+        pairs = zip(leaves, state.grams, strict=True)
+        grams = tuple(
+            _moved(g, old, b2 if decay is None else decay) for g, old in pairs
+        )
+
+        def start(nu_and_bases: Any) -> Any:
+            return nu_and_bases[0], jax.tree.map(_eigenvectors, grams)
+
+        def turn(nu_and_bases: Any) -> Any:
+            turned = list(map(_turned, nu_and_bases[0], grams, nu_and_bases[1]))
+            return tuple(tuple(x[i] for x in turned) for i in range(2))
+
+        def later(nu_and_bases: Any) -> Any:
+            return cond(count % every == 0, turn, lambda x: x, nu_and_bases)
+
+        nu, bases = cond(first, start, later, (nu, state.bases))
+        steps, mu, nu = (jax.tree.unflatten(treedef, x) for x in (steps, mu, nu))
+        count = optax.safe_increment(count)
+        return steps, ScaleBySoapState(count, mu, nu, grams, bases)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _moved(g: Array, grams: Grams, decay: Any) -> Grams:
+    """Average in a gradient's covariance along each axis, if that is finite."""
+    if all(gram is None for gram in grams):
+        return grams
+    g, _ = gathered(g)
+
+    def one(axis: int, gram: Any) -> Array | None:
+        if gram is None:
+            return None
+        others = [a for a in range(g.ndim) if a != axis]
+        wide = g.astype(gram.dtype)
+        fresh = jnp.tensordot(wide, wide, (others, others), precision=PRECISION)
+        return jnp.where(jnp.all(jnp.isfinite(fresh)), ema(decay, fresh, gram), gram)
+
+    return tuple(map(one, range(g.ndim), grams))
+
+
+def _eigenvectors(gram: Array) -> Array:
+    """Return the eigenvectors, those of the largest eigenvalues first."""
+    return jnp.linalg.eigh(gram)[1][:, ::-1]
+
+
+def _turned(v: Array, grams: Grams, bases: Grams) -> tuple[Array, Grams]:
+    """Move bases by a step of orthogonal iteration, and an average's entries along."""
+    new: list[Array | None] = []
+    for axis, (gram, q) in enumerate(zip(grams, bases, strict=True)):
+        if gram is None or q is None:
+            new.append(None)
+            continue
+        product = jnp.dot(gram, q, precision=PRECISION)
+        order = jnp.argsort(jnp.sum(q * product, axis=0))[::-1]
+        v = jnp.take(v, order, axis=axis)
+        new.append(jnp.linalg.qr(product[:, order])[0])
+    return v, tuple(new)
