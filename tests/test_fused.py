@@ -234,6 +234,17 @@ def test_what_the_loss_has_beside_that_of_the_outputs_is_in_the_controlled_estim
     np.testing.assert_allclose(curvature.estimate, x**2 + 0.5, rtol=1e-6)
 
 
+def test_groups_share_estimators_of_equal_typed_keys():
+    groups = {
+        k: ah.adahessian(0.1, estimator=ah.hutchinson(seed=jax.random.key(3)))
+        for k in PARAMS
+    }
+    tx = optax.partition(groups, {k: k for k in PARAMS})
+    fused = ah.value_and_grad_with_curvature(loss_fn, tx)
+    _, _, curvature = fused(PARAMS, X, Y, state=tx.init(PARAMS))
+    assert jax.tree.structure(curvature.estimate) == jax.tree.structure(PARAMS)
+
+
 def test_groups_share_an_estimator_whose_seed_is_traced():
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
 

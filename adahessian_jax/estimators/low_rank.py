@@ -135,13 +135,12 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
 
         diag = [estimate(*leaves) for leaves in zip(z, raw_y, q, strict=True)]
 
-        # Each device has samples of its own, but all go on from the same state. The
-        # mean of n independent products is as long as one of them over sqrt(n).
+        # Each device has samples of its own, but all go on from the same state.
         n_devices = axis_size(axis_name)
         outer = jnp.stack([jnp.outer(qy, qz), jnp.outer(qy, qy), jnp.outer(qz, qz)])
         outer = mean_over_axis(outer, axis_name)
         if axis_name is not None:
-            y = [n_devices**0.5 * a for a in mean_over_axis(y, axis_name)]
+            y = mean_over_axis(y, axis_name)
             qy = _dots(q, y, state.lengths)
 
         # B = Q diag(lengths) with a new column y: its Gram matrix is known from qy.

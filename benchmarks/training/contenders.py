@@ -135,6 +135,12 @@ def clipped(learning_rate: Any, tx: optax.GradientTransformation) -> Any:
     )
 
 
+def soap(betas: tuple[float, float]) -> Contender:
+    """Return SOAP, which turns axes by gradients, with its decay rates."""
+    options = {"betas": betas, "weight_decay": WEIGHT_DECAY}
+    return Contender(plain(lambda lr: ah.published.soap(lr, **options)))
+
+
 # The recommended setting, where it is not made by ``ah.newton``.
 SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 CURVED = {"b2": 0.9, "hessian_ema": "mean", "clip_threshold": 0.1, **SCHEDULE}
@@ -189,6 +195,8 @@ CONTENDERS: dict[str, Contender] = {
     "Muon": Contender(
         plain(lambda lr: optax.contrib.muon(lr, weight_decay=WEIGHT_DECAY))
     ),
+    "SOAP": soap((0.95, 0.95)),
+    "SOAP, 0.9 and 0.99": soap((0.9, 0.99)),
     "L-BFGS": Contender(
         plain(lambda lr: optax.lbfgs(memory_size=20)), own_rate=True, line_search=True
     ),
