@@ -249,3 +249,18 @@ def test_refuses_weights_below_zero_integers_and_a_concave_function():
         assert np.all(np.isnan(compiled))  # where nothing could raise
         with pytest.raises(TypeError, match="must be a callable"):
             make(3)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_singular_curvature_is_convex_at_any_scale(scale):
+    """An eigenvalue of zero is rounded to one below; a concave one is no rounding."""
+    f = jnp.asarray(RNG.normal(size=(50, 7)))
+    for curvature in (1.0, -1e-3):
+        loss = losses.of_row(
+            lambda row, c=curvature: scale * (jnp.sum(row) ** 2 + c * row[0] ** 2)
+        )
+        if curvature > 0:
+            assert np.all(np.isfinite(loss.factor(f, jnp.ones_like(f), None)))
+            continue
+        with pytest.raises(ValueError, match="must be convex"):
+            loss.factor(f, jnp.ones_like(f), None)
