@@ -233,9 +233,8 @@ def newton(
 
     References:
       George et al., `EKFAC <https://arxiv.org/abs/1806.03884>`_, 2018; Vyas et al.,
-      `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024. Settings were chosen, on other
-      seeds than those reported, by ``python -m benchmarks.training``, which compares it
-      with AdamW, Muon, Sophia and the published forms.
+      `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024. Settings were chosen by
+      ``python -m benchmarks.training``, on other seeds than those reported.
     """
     if isinstance(learning_rate, Loss):
         raise TypeError(
@@ -249,13 +248,9 @@ def newton(
             " schedule as the learning rate, newton(schedule, loss), or"
             " learning_rate=None for its own rate times a schedule that peaks at 1."
         )
-    estimator = in_eigenbasis(
-        gauss_newton(loss, seed=seed, axis_name=axis_name),
-        decay=decay,
-        max_dim=max_dim,
-        n_vectors=n_vectors,
-        stacked=stacked,
-    )
+    axes: dict[str, Any] = {"decay": decay, "max_dim": max_dim, "n_vectors": n_vectors}
+    factor = gauss_newton(loss, seed=seed, axis_name=axis_name)
+    estimator = in_eigenbasis(factor, **axes, stacked=stacked)
     parts = [
         scale_by_adahessian(
             b1,
