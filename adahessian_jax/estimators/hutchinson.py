@@ -158,8 +158,8 @@ class _Hutchinson(Estimator):
         axis = self.axis_name
         params = axes.as_varying(params, axis)
         own_key = axes.axis_key(subkey, axis)
-        functions = [f for f in (fun, extra_args.get("predict_fn")) if f is not None]
-        shared = any(axes.communicates(f, params, axis) for f in functions)
+        function = extra_args.get("predict_fn") if fun is None else fun
+        shared = function is not None and axes.communicates(function, params, axis)
         sample: Any = functools.partial(self._sample, fun, params, extra_args)
         n = self.n_samples
         unroll = n <= 8
@@ -179,7 +179,7 @@ class _Hutchinson(Estimator):
             carry = total, cv_state
             (total, cv_state), _ = xla.scan(add_sample, carry, rest, unroll=unroll)
         mean = dtypes.map_floats(lambda d: d / n, total)
-        diag = xla.materialized(key, axes.mean_over_axis(mean, self.axis_name))
+        diag = xla.materialized(key, axes.mean_over_axis(mean, axis))
         return *first_pass, diag, HutchinsonState(key, cv_state)
 
     def _sample(
