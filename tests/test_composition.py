@@ -230,6 +230,7 @@ def updates_of(tx, state=None, **more):
     return all_updates
 
 
+@pytest.mark.slow
 def test_wrappers():
     """What the docs' table says of each: it works as it is, or by this call."""
     extra, tx = extra_args(PARAMS), adahessian()
