@@ -275,6 +275,18 @@ def test_keeps_dtypes_and_fixes_what_has_no_derivative():
     assert ah.hvp(zero, fixed, fixed) == ah.hessian_diag(zero, fixed) == {"n": 0}
 
 
+def test_estimates_have_derivatives():
+    """As for the gradient of what a step does: through what compilers need, too."""
+    estimator, w = ah.hutchinson(2), jnp.arange(1.0, 7.0).reshape(2, 3)
+
+    def sharpness(w):
+        state = estimator.init(w)
+        diag, _ = estimator.update(None, state, w, obj_fn=lambda w: jnp.sum(w**4))
+        return jnp.sum(diag)
+
+    np.testing.assert_allclose(jax.jit(jax.grad(sharpness))(w), 24 * w, rtol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
 def test_half_precision_overflows_nowhere(scale):
     """Squares of a factor in float16 are of the range of a float32 average."""
