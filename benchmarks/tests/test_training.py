@@ -179,6 +179,9 @@ def tables():
     for task in ("autoencoder", "diamonds", "transformer"):
         (variants,) = read({task: f"variants/{task}"}).values()
         made[f"variants of {task}"] = report.beside(variants, NEWTON)
+    for name in ("SOAP", "SOAP, 0.9 and 0.99"):
+        known = {task: r for task, r in results.items() if name in r["contenders"]}
+        made[name] = report.of_one(known, name)
     return made | {
         "limited": report.of_one(limited, "eigenbasis, limited rate"),
         "fast pools": report.of_one(read(FAST_POOLS), OWN_RATE),
