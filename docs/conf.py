@@ -59,15 +59,15 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|flax|jax|nnx|optax|train_state|typing)\..*"),
     (r"py:.*", r"Any|Array(Like)?|Callable|DTypeLike|KeyPath|Mapping|Result"),
-    (r"py:.*", r"Bases|Products"),
+    (r"py:.*", r"Bases|Grams|Products"),
 ]
 # Names of the library's own that stand for other types.
 ALIASES = {
     "AveragingRule": "Callable[[KeyPath, Array], Array]",
     "AxisName": "str | tuple[str, ...] | None",
     "Betas": "tuple[ArrayLike, ArrayLike]",
-    "IsConv": "Callable[[KeyPath, Array], bool]",
     "Probe": "Callable[[Array, optax.Params], optax.Params]",
+    "Stacked": "Callable[[KeyPath, Array], int]",
 }
 
 

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import axes, checks
+from adahessian_jax._src.axes import AxisName
 from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.linearized import (
     gauss_newton_factor,
@@ -30,11 +31,7 @@ class GaussNewtonState(NamedTuple):
 
 
 def gauss_newton(
-    loss: Loss,
-    *,
-    n_samples: int = 1,
-    seed: int | Array = 0,
-    axis_name: axes.AxisName = None,
+    loss: Loss, *, n_samples: int = 1, seed: int | Array = 0, axis_name: AxisName = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimate the diagonal of the Gauss-Newton matrix from a network's outputs.
 

@@ -12,6 +12,7 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import axes, checks, derivatives, dtypes, probes, xla
+from adahessian_jax._src.axes import AxisName
 from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.masking import explain
@@ -44,7 +45,7 @@ def hutchinson(
     mode: str = "forward-over-reverse",
     control_variate: ControlVariate | None = None,
     seed: int | Array = 0,
-    axis_name: axes.AxisName = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Estimate the Hessian's diagonal by Hutchinson's method.
 
