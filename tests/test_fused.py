@@ -234,6 +234,28 @@ def test_what_the_loss_has_beside_that_of_the_outputs_is_in_the_controlled_estim
     np.testing.assert_allclose(curvature.estimate, x**2 + 0.5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["hutchinson", "gauss_newton"])
+def test_auxiliary_values_are_of_any_type(kind):
+    """Strings among them, over an axis too."""
+    factor = ah.gauss_newton(SOFTMAX, axis_name="d")
+    estimator = factor if kind == "gauss_newton" else ah.hutchinson(axis_name="d")
+    tx = ah.adahessian(0.1, estimator=estimator)
+    function = loss_fn if kind == "hutchinson" else loss_and_outputs
+    fused = ah.value_and_grad_with_curvature(
+        lambda *args: (function(*args), {"name": "x"}), tx, has_aux=True
+    )
+
+    def one(x, y):
+        (value, aux), _, _ = fused(PARAMS, x, y, state=tx.init(PARAMS))
+        assert aux == {"name": "x"}
+        return value
+
+    values = jax.vmap(one, axis_name="d")(
+        X.reshape(2, -1, X.shape[1]), Y.reshape(2, -1)
+    )
+    close(values.mean(), loss_fn(PARAMS, X, Y))
+
+
 def test_groups_share_estimators_of_equal_typed_keys():
     groups = {
         k: ah.adahessian(0.1, estimator=ah.hutchinson(seed=jax.random.key(3)))

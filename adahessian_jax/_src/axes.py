@@ -51,7 +51,10 @@ def communicates(fun: Callable[[Any], Any], params: Any, axis_name: AxisName) ->
         between = step.primitive.name not in _LOCAL and not names.isdisjoint(axes)
         return between or any(map(found, step.params.values()))
 
-    return found(jax.make_jaxpr(fun)(params))
+    def arrays(params: Any) -> list[Any]:  # of auxiliary values some may be none
+        return [x for x in jax.tree.leaves(fun(params)) if hasattr(x, "dtype")]
+
+    return found(jax.make_jaxpr(arrays)(params))
 
 
 _LOCAL = ("axis_index", "pvary", "pcast")
