@@ -79,8 +79,8 @@ SLOW = pytest.mark.slow
 recent_compiler = pytest.mark.skipif(
     jax.__version_info__ < (0, 10), reason="older versions of XLA need more memory"
 )
-# Convolutions take longest to compile.
-NETWORKS_AT_ONCE = ["MLP", "GPT", pytest.param("ResNet-8", marks=SLOW)]
+# The others take long to compile.
+NETWORKS_AT_ONCE = ["MLP", *(pytest.param(n, marks=SLOW) for n in ("GPT", "ResNet-8"))]
 
 
 @recent_compiler

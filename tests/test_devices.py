@@ -204,7 +204,14 @@ def test_an_estimate_is_that_of_the_whole_batch():
 
 @pytest.mark.skipif(not hasattr(jax, "typeof"), reason="older JAX draws other signs")
 @pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-@pytest.mark.parametrize("kind", ["mean in the loss", "sum in the loss", "norm"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "mean in the loss",
+        pytest.param("sum in the loss", marks=pytest.mark.slow),
+        "norm",
+    ],
+)
 def test_a_function_that_communicates(kind, check_vma, x64):
     """Its curvature is that of the whole batch, of which devices see parts only."""
     w, x, y = jnp.asarray(PARAMS["w"][:3, :2]), jnp.asarray(X[:16, :3]), Y[:16, :2]
