@@ -14,7 +14,13 @@ from jax.typing import ArrayLike
 
 from adahessian_jax._src.averaging_rule import AveragingRule
 from adahessian_jax._src.axes import AxisName
-from adahessian_jax._src.checks import check_flag, check_float, check_int, require
+from adahessian_jax._src.checks import (
+    check_flag,
+    check_float,
+    check_int,
+    check_params,
+    require,
+)
 from adahessian_jax._src.curvature_average import CurvatureAverage
 from adahessian_jax.estimators.control_variates import ema_control
 from adahessian_jax.estimators.hutchinson import Probe, hutchinson
@@ -256,6 +262,7 @@ def soap(
         updates: Any, state: Any, params: Any = None
     ) -> tuple[optax.Updates, Any]:
         count, rate_state = state
+        check_params(params)
         # Of the stepped parameter: u - lr * decay * (p + u); nothing at first.
         stepped = jax.tree.map(lambda p, u: p + u, params, updates)
         zeros = jax.tree.map(jnp.zeros_like, updates)

@@ -351,6 +351,36 @@ def test_jit_over_a_mesh(name, kind, path, sharded, x64):
     assert_close(got[0], expected)
 
 
+SOAP = ah.published.soap(0.02, precondition_frequency=2)
+SQUARE = {"w": RNG.normal(size=(8, 8)), "b": np.zeros(8)}  # whose axes are unique
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
+def test_soap_on_devices(kind, x64):
+    """Parameters whole, or cut along either axis, end as on one device."""
+    if kind == "Explicit" and not hasattr(jax, "set_mesh"):
+        pytest.skip("this version of JAX has no explicit sharding")
+
+    def step(params, state, x, y):
+        grads = jax.tree.map(lambda p: jnp.sin(3 * p) + p, params)
+        updates, state = SOAP.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    start = SQUARE, SOAP.init(SQUARE)
+    expected, _ = train(jax.jit(step), *start, X, Y, 6)
+    if kind == "shard_map":
+        got, _ = train(on_devices(step), *start, X, Y, 6)
+        return assert_close(got, expected)
+    mesh = mesh_of(kind=kind)
+    for spec in (P(), P("data"), P(None, "data")):
+        cut = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P())}
+        params = jax.device_put(SQUARE, cut)
+        batch = jax.device_put((X, Y), NamedSharding(mesh, P()))
+        got, _ = train(jax.jit(step), params, SOAP.init(params), *batch, 6)
+        assert got["w"].sharding.is_equivalent_to(cut["w"], 2)
+        assert_close(got, expected)
+
+
 def test_fully_sharded_steps_gather_no_state():
     """Parameters are gathered as often as for Adam, and the probe once.
 

@@ -129,6 +129,7 @@ def masked(**kwargs):
 VALUE_ERRORS = {
     "twice, and got no obj_fn. Either": lambda: update(),
     "got no obj_fn, only value.": lambda: update(value=1.0),
+    "params must be given": lambda: update(ah.published.soap(), params=None),
     "params must be given: the": lambda: update(params=None, obj_fn=loss),
     "params. The leaf ['b']['c'] is missing.": lambda: update(hessian_diag=NO_C),
     "['z'] is not a parameter.": lambda: update(hessian_diag=W | {"z": 1.0}),

@@ -40,9 +40,9 @@ class CurvatureAverage:
     weight (1 - b2) / (1 - b2^t), the first the weight 1.
 
     Entries of an estimate whose contribution to the average is not finite are left out,
-    each for itself: the average stays as it was, and
-    ``state.nonfinite`` counts them. The average of an entry that never had an estimate
-    is the largest number of its dtype, and its update zero.
+    each for itself: the average stays as it was, and ``state.nonfinite`` counts them.
+    The average of an entry that never had an estimate is the largest number of its
+    dtype, and its update zero.
     """
 
     b2: ArrayLike

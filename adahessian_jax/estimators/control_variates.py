@@ -98,7 +98,7 @@ def ema_control(*, unbiased: bool = True) -> ControlVariate:
             )
         average, decay, count = curvature_ema
         # The published formula has the average as it began from zero.
-        scale = 1.0 if unbiased else decay / debias(decay, count)
+        scale = 1.0 if unbiased else decay / debias(decay, jnp.maximum(count, 1))
 
         def one(y: Array, z: Array, ema: Array) -> Array:
             y, z = wide(y), wide(z)

@@ -207,6 +207,7 @@ def _eigenvectors(gram: Array) -> Array:
 def _turned(v: Array, grams: Grams, bases: Grams) -> tuple[Array, Grams]:
     """Move bases by a step of orthogonal iteration, and an average's entries along."""
     new: list[Array | None] = []
+    v, cut = gathered(v)
     for axis, (gram, q) in enumerate(zip(grams, bases, strict=True)):
         if gram is None or q is None:
             new.append(None)
@@ -215,4 +216,4 @@ def _turned(v: Array, grams: Grams, bases: Grams) -> tuple[Array, Grams]:
         order = jnp.argsort(jnp.sum(q * product, axis=0))[::-1]
         v = jnp.take(v, order, axis=axis)
         new.append(jnp.linalg.qr(product[:, order])[0])
-    return v, tuple(new)
+    return cut(v), tuple(new)
