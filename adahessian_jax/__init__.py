@@ -10,12 +10,12 @@ from adahessian_jax.estimators.eigenbasis import in_eigenbasis
 from adahessian_jax.estimators.gauss_newton import gauss_newton
 from adahessian_jax.estimators.hutchinson import hutchinson
 from adahessian_jax.estimators.low_rank import low_rank_control
+from adahessian_jax.estimators.squared_gradient import squared_gradient
 from adahessian_jax.fused import value_and_grad_with_curvature
-from adahessian_jax.optimizers import adahessian, newton
+from adahessian_jax.optimizers import adahessian, newton, soap
 from adahessian_jax.transforms.adahessian import scale_by_adahessian
 from adahessian_jax.transforms.averaging import block_average, conv_spatial_average
 from adahessian_jax.transforms.quadratic_model import scale_by_quadratic_model
-from adahessian_jax.transforms.soap import scale_by_soap
 
 __version__ = "0.1.0"
 
@@ -38,7 +38,8 @@ __all__ = [
     "rademacher_like",
     "scale_by_adahessian",
     "scale_by_quadratic_model",
-    "scale_by_soap",
+    "soap",
+    "squared_gradient",
     "unmasked",
     "value_and_grad_with_curvature",
 ]

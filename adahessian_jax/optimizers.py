@@ -18,6 +18,7 @@ from adahessian_jax._src.moving_average import is_static
 from adahessian_jax._src.stacks import Stacked
 from adahessian_jax.estimators.eigenbasis import in_eigenbasis
 from adahessian_jax.estimators.gauss_newton import gauss_newton
+from adahessian_jax.estimators.squared_gradient import squared_gradient
 from adahessian_jax.transforms.adahessian import scale_by_adahessian
 from adahessian_jax.transforms.quadratic_model import scale_by_quadratic_model
 
@@ -35,6 +36,7 @@ def adahessian(
     initial_refreshes: int | Array = 0,
     averaging: AveragingRule | None = None,
     clip_threshold: ArrayLike | None = None,
+    nesterov: bool = False,
     weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: DTypeLike | None = None,
@@ -82,6 +84,7 @@ def adahessian(
       clip_threshold: bound of an update's entries, above 0, before decay and learning
         rate, as in Sophia; None for no bound. It is ``optax.clip``, but in the turned
         axes of :func:`adahessian_jax.in_eigenbasis`.
+      nesterov: look one step ahead with the average of the gradient, as in NAdam.
       weight_decay: decoupled weight decay, at least 0.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
       mu_dtype: dtype of the average of the gradient, by default the parameter's.
@@ -133,6 +136,7 @@ def adahessian(
             initial_refreshes=initial_refreshes,
             averaging=averaging,
             clip_threshold=clip_threshold,
+            nesterov=nesterov,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
@@ -145,16 +149,17 @@ def newton(
     learning_rate: optax.ScalarOrSchedule | None,
     loss: Loss,
     *,
-    b1: ArrayLike = 0.9,
+    b1: ArrayLike | None = 0.85,
     b2: ArrayLike = 0.9,
     eps: ArrayLike = 1e-8,
-    clip_threshold: ArrayLike | None = 0.1,
+    clip_threshold: ArrayLike | None = 0.3,
     update_interval: int | Array = 20,
     initial_refreshes: int | Array = 10,
     schedule: optax.Schedule | None = None,
     weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    decay: ArrayLike = 0.98,
+    decay: ArrayLike = 0.95,
+    turn_interval: int | Array = 10,
     max_dim: int = 64,
     n_vectors: int = 8,
     stacked: Stacked | None = None,
@@ -248,12 +253,18 @@ def newton(
             " schedule as the learning rate, newton(schedule, loss), or"
             " learning_rate=None for its own rate times a schedule that peaks at 1."
         )
-    axes: dict[str, Any] = {"decay": decay, "max_dim": max_dim, "n_vectors": n_vectors}
+    if b1 is None and learning_rate is not None:
+        raise ValueError(
+            f"b1=None and learning_rate={learning_rate!r}: the quadratic model finds a"
+            " momentum only with a rate. Pass b1=0.85, or learning_rate=None."
+        )
+    axes: dict[str, Any] = {"decay": decay, "turn_interval": turn_interval}
+    axes |= {"max_dim": max_dim, "n_vectors": n_vectors, "stacked": stacked}
     factor = gauss_newton(loss, seed=seed, axis_name=axis_name)
-    estimator = in_eigenbasis(factor, **axes, stacked=stacked)
+    estimator = in_eigenbasis(factor, **axes)
     parts = [
         scale_by_adahessian(
-            b1,
+            0.0 if b1 is None else b1,
             b2,
             eps,
             hessian_ema="mean",
@@ -261,6 +272,7 @@ def newton(
             update_interval=update_interval,
             initial_refreshes=initial_refreshes,
             clip_threshold=clip_threshold,
+            nesterov=b1 is not None,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
@@ -268,7 +280,9 @@ def newton(
     ]
     if learning_rate is not None:
         return optax.chain(*parts, scale_by_rate(learning_rate))
-    parts.append(scale_by_quadratic_model(loss, axis_name=axis_name))
+    both: dict[str, Any] = {"fraction": 1.0, "decay": 0.0, "momentum": True}
+    model = both if b1 is None else {}
+    parts.append(scale_by_quadratic_model(loss, **model, axis_name=axis_name))
     chain = optax.chain(*parts, scale_by_rate(1.0 if schedule is None else schedule))
 
     def update_fn(
@@ -277,6 +291,93 @@ def newton(
         return chain.update(updates, state, params, **{"grad": updates, **extra_args})
 
     return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+
+
+def soap(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.85,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    *,
+    weight_decay: ArrayLike = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    decay: ArrayLike = 0.95,
+    turn_interval: int | Array = 10,
+    max_dim: int = 64,
+    n_vectors: int = 8,
+    stacked: Stacked | None = None,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with Nesterov momentum, in the turned axes of :func:`newton`.
+
+    SOAP with cheaper axes: long ones follow the leading eigenvectors only, and all
+    averages are taken along when axes turn. It needs the gradient alone, as Adam does:
+
+    .. math::
+      w_t \leftarrow w_{t-1} - \alpha_t \left( Q_t \, \frac{Q_t^\top
+        \hat{m}_t}{\sqrt{\hat{v}_t} + \varepsilon} + \lambda w_{t-1} \right)
+
+    where :math:`\hat{v}_t` is the average of :math:`(Q_t^\top g_t)^2`. What was
+    published is :func:`adahessian_jax.published.soap`.
+
+    Args:
+      learning_rate: a number or a schedule. Start at AdamW's.
+      b1: decay rate of the average of the gradient, in [0, 1).
+      b2: the same for its square.
+      eps: added to the denominator, at least 0.
+      weight_decay: decoupled weight decay, at least 0.
+      weight_decay_mask: which parameters decay, as in ``optax.adamw``.
+      decay: and so on: of the axes, see :func:`adahessian_jax.in_eigenbasis`.
+      turn_interval: how often they turn.
+      max_dim: how long an axis with a complete basis may be.
+      n_vectors: how many leading vectors longer ones have.
+      stacked: which axes are stacks of layers.
+      mu_dtype: dtype of the average of the gradient; by default the parameter's.
+      nu_dtype: the same for that of the square.
+
+    Returns:
+      A transformation, used as ``optax.adamw`` is.
+
+    Raises:
+      ValueError: if an argument is out of range; at update, if ``params`` is missing.
+      TypeError: if an argument is of the wrong type, or a parameter is complex.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> x = jnp.array([[9.0, 9.1], [5.0, 4.8], [-7.0, -7.2]])
+      >>> def loss(w): return jnp.mean((x @ w - 1) ** 2)
+      >>> tx, w = ah.soap(0.1), jnp.zeros((2, 1))
+      >>> state = tx.init(w)
+      >>> for _ in range(100):
+      ...   updates, state = tx.update(jax.grad(loss)(w), state, w)
+      ...   w = w + updates
+      >>> bool(loss(w) < 0.69)  # 0.678 is the least
+      True
+
+    References:
+      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024; Dozat,
+      `Incorporating Nesterov Momentum into Adam
+      <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016
+    """
+    axes: dict[str, Any] = {"decay": decay, "turn_interval": turn_interval}
+    axes |= {"max_dim": max_dim, "n_vectors": n_vectors, "stacked": stacked}
+    return optax.chain(
+        scale_by_adahessian(
+            b1,
+            b2,
+            eps,
+            hessian_ema="mean",
+            hessian_power=0.5,
+            estimator=in_eigenbasis(squared_gradient(), **axes),
+            nesterov=True,
+            mu_dtype=mu_dtype,
+            nu_dtype=nu_dtype,
+        ),
+        decoupled_weight_decay(weight_decay, weight_decay_mask),
+        scale_by_rate(learning_rate),
+    )
 
 
 def decoupled_weight_decay(

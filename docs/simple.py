@@ -14,8 +14,8 @@ import jax.numpy as jnp
 Params = dict[str, jax.Array]
 Function = Callable[[Params], jax.Array]
 
-B1, B2_ADAHESSIAN, B2, EPS = 0.9, 0.999, 0.9, 1e-8
-FIRST, INTERVAL, CLIP, DECAY = 10, 20, 0.1, 0.98
+B1_ADAHESSIAN, B2_ADAHESSIAN, B1, B2, EPS = 0.9, 0.999, 0.85, 0.9, 1e-8
+FIRST, INTERVAL, CLIP, DECAY, TURN = 10, 20, 0.3, 0.95, 10
 FRACTION, DECAY_MODEL = 0.7, 0.9
 
 
@@ -26,7 +26,7 @@ class State(NamedTuple):
     estimates: int
     mu: Params  # average of gradients
     nu: Params  # average of D^2, or of curvature in the bases
-    traces: dict[str, list[jax.Array]]  # L of each axis, average of partial traces
+    traces: dict[str, list[jax.Array]]  # L of each axis, average of g g^T
     bases: dict[str, list[jax.Array]]  # Q of each axis, near L's eigenvectors
     model: jax.Array  # averages of the loss's slope and curvature along the updates
 
@@ -46,9 +46,9 @@ def adahessian(
     grads, hz = jax.jvp(jax.grad(loss_fn), (params,), (z,))
     t, mu, nu, new = state.step + 1, {}, {}, {}
     for k, p in params.items():
-        mu[k] = B1 * state.mu[k] + (1 - B1) * grads[k]
+        mu[k] = B1_ADAHESSIAN * state.mu[k] + (1 - B1_ADAHESSIAN) * grads[k]
         nu[k] = B2_ADAHESSIAN * state.nu[k] + (1 - B2_ADAHESSIAN) * (z[k] * hz[k]) ** 2
-        m, v = mu[k] / (1 - B1**t), nu[k] / (1 - B2_ADAHESSIAN**t)
+        m, v = mu[k] / (1 - B1_ADAHESSIAN**t), nu[k] / (1 - B2_ADAHESSIAN**t)
         new[k] = p - learning_rate * m / (jnp.sqrt(v) + EPS)
     return new, state._replace(step=t, estimates=t, mu=mu, nu=nu)
 
@@ -61,20 +61,18 @@ def newton(
     signs: jax.Array,
     learning_rate: float | jax.Array | None = None,
 ) -> tuple[Params, State]:
-    """Divide momentum by the Gauss-Newton curvature in the bases, clip, and turn back.
-
-    Signs have the shape of the outputs. Without a learning rate it takes its own.
-    """
+    """Divide momentum by curvature in the bases and clip; signs are like outputs."""
     grads = jax.grad(lambda p: cross_entropy(predict_fn(p), labels))(params)
     if state.step < FIRST or state.step % INTERVAL == 0:
         state = with_estimate(state, factor(predict_fn, params, signs))
     t, mu, update = state.step + 1, {}, {}
     for k, g in grads.items():
         mu[k] = B1 * state.mu[k] + (1 - B1) * g
-        m, v = mu[k] / (1 - B1**t), state.nu[k] / (1 - B2**state.estimates)
+        m = B1 * mu[k] / (1 - B1 ** (t + 1)) + (1 - B1) * g / (1 - B1**t)  # Nesterov's
+        v = state.nu[k] / (1 - B2**state.estimates)
         u = jnp.clip(turn(m, state.bases[k]) / (v + EPS), -CLIP, CLIP)
         update[k] = turn(u, [q.T for q in state.bases[k]])
-    state = state._replace(step=t, mu=mu)
+    state = with_turned_axes(state, grads)._replace(step=t, mu=mu)
     if learning_rate is None:
         learning_rate, state = own_rate(predict_fn, params, grads, update, state)
     return {k: p - learning_rate * update[k] for k, p in params.items()}, state
@@ -100,21 +98,24 @@ def factor(predict_fn: Function, params: Params, signs: jax.Array) -> Params:
 
 
 def with_estimate(state: State, g: Params) -> State:
-    r"""George et al. (2018): average :math:`(Q^\top g)^2`, the diagonal in the bases.
+    r"""George et al. (2018): average :math:`(Q^\top g)^2`, the diagonal in the bases."""
+    pairs = {k: (state.nu[k], turn(x, state.bases[k])) for k, x in g.items()}
+    nu = {k: B2 * v + (1 - B2) * x**2 for k, (v, x) in pairs.items()}
+    return state._replace(estimates=state.estimates + 1, nu=nu)
 
-    The bases are those of earlier g, as fitted to this one its square would be biased.
-    Each follows a partial trace of G, that over all axes but its own, as those of SOAP
-    (Vyas et al. 2024) do of gradients: :math:`Q \leftarrow \mathrm{qr}(L Q)`.
-    """
-    nu, traces, bases = {}, {}, {}
-    for k, x in g.items():
-        bases[k] = list(map(iterate, state.traces[k], state.bases[k]))
-        nu[k] = B2 * state.nu[k] + (1 - B2) * turn(x, bases[k]) ** 2
-        rows = [jnp.moveaxis(x, i, 0).reshape(n, -1) for i, n in enumerate(x.shape)]
+
+def with_turned_axes(state: State, grads: Params) -> State:
+    r"""Vyas et al. (2024): bases and averages follow :math:`g g^\top` of each axis."""
+    nu, traces, bases = dict(state.nu), {}, dict(state.bases)
+    for k, g in grads.items():
+        rows = [jnp.moveaxis(g, i, 0).reshape(n, -1) for i, n in enumerate(g.shape)]
         olds = zip(state.traces[k], rows, strict=True)
         traces[k] = [DECAY * old + (1 - DECAY) * r @ r.T for old, r in olds]
-    n = state.estimates + 1
-    return state._replace(estimates=n, nu=nu, traces=traces, bases=bases)
+        if state.step < TURN or state.step % TURN == TURN - 1:
+            bases[k] = list(map(iterate, traces[k], state.bases[k]))
+            pairs = zip(state.bases[k], bases[k], strict=True)
+            nu[k] = turn(nu[k], [(old.T @ new) ** 2 for old, new in pairs])
+    return state._replace(nu=nu, traces=traces, bases=bases)
 
 
 def iterate(trace: jax.Array, q: jax.Array) -> jax.Array:

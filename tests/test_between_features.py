@@ -32,8 +32,9 @@ eqx = pytest.importorskip("equinox")
 P = PartitionSpec
 
 VALUES = {
-    "estimator": "hutchinson hutchinson_3 normal reverse gauss_newton gauss_newton_2"
-    " in_eigenbasis gauss_newton_control low_rank_control ema_control",
+    "estimator": "hutchinson hutchinson_3 normal gauss_newton gauss_newton_2"
+    " in_eigenbasis axes_of_factors turned_hutchinson squared_gradient"
+    " gauss_newton_control low_rank_control ema_control",
     "path": "separate fused microbatches hessian_diag",
     "wrapper": "none chain partition inject multi_steps if_finite",
     "dtype": "float64 float32 bfloat16",
@@ -46,8 +47,12 @@ VALUES = {
 FACTORS = {name: values.split() for name, values in VALUES.items()}
 Case = dataclasses.make_dataclass("Case", FACTORS, frozen=True)
 
+TURNED = "in_eigenbasis axes_of_factors turned_hutchinson squared_gradient"
 INVALID = [
-    {"path": "hessian_diag", "estimator": "in_eigenbasis"},  # refused in turned axes
+    {"path": "hessian_diag", "estimator": TURNED},  # refused in turned axes
+    # It shares no pass.
+    {"estimator": "squared_gradient", "path": "fused microbatches"},
+    {"estimator": "squared_gradient", "schedule": "host"},
     {"path": "separate hessian_diag", "schedule": "host"},  # of the fused function
     {"estimator": "ema_control", "formula": "rms"},  # needs the average of H itself
     # Refused: b2 is known while running only.
@@ -225,13 +230,21 @@ B1, B2, EPS, RATE, DECAY, SGD, RANK, MEMORY = 0.8, 0.7, 0.3, 0.3, 0.1, 0.05, 2, 
 SEED = 7
 FORMULAS = {
     "rms": {"hessian_ema": "rms", "hessian_power": 1.0, "clip_threshold": None},
-    "mean": {"hessian_ema": "mean", "hessian_power": 0.5, "clip_threshold": 0.4},
+    "mean": {
+        "hessian_ema": "mean",
+        "hessian_power": 0.5,
+        "clip_threshold": 0.4,
+        "nesterov": True,
+    },
 }
 SCHEDULES = {"always": (1, 0), "interval": (3, 0), "first": (3, 2), "host": (1, 0)}
 
 
 def needs_outputs(case):
-    return "gauss_newton" in case.estimator or case.estimator == "in_eigenbasis"
+    return any(
+        name in case.estimator
+        for name in ("gauss_newton", "in_eigenbasis", "axes_of_factors")
+    )
 
 
 def needs_labels(case):
@@ -248,14 +261,17 @@ def make_estimator(case):
     gauss_newton = functools.partial(ah.gauss_newton, loss, **options)
     low_rank = ah.low_rank_control(RANK, decay=MEMORY)
     control = ah.gauss_newton_control(loss)
+    turned = functools.partial(ah.in_eigenbasis, decay=MEMORY)
     return {
         "hutchinson": hutchinson(),
         "hutchinson_3": hutchinson(3),
         "normal": normal(),
-        "reverse": hutchinson(mode="reverse-over-reverse"),
         "gauss_newton": gauss_newton(),
         "gauss_newton_2": gauss_newton(n_samples=2),
-        "in_eigenbasis": ah.in_eigenbasis(gauss_newton(), decay=MEMORY),
+        "in_eigenbasis": turned(gauss_newton()),
+        "axes_of_factors": turned(gauss_newton(), axes_from="factors"),
+        "turned_hutchinson": turned(hutchinson()),
+        "squared_gradient": turned(ah.squared_gradient()),
         "gauss_newton_control": hutchinson(control_variate=control),
         "low_rank_control": hutchinson(control_variate=low_rank),
         "ema_control": normal(control_variate=ah.ema_control()),
@@ -532,16 +548,27 @@ class Bases:
         self.bases = [[np.eye(n) for n in s] for s in shapes]
         self.traces = [[np.zeros((n, n)) for n in s] for s in shapes]
 
-    def move(self, leaves):
-        for i, g in enumerate(leaves):
-            for axis, q in enumerate(self.bases[i]):
-                trace = self.traces[i][axis]
+    def see(self, leaves):
+        for g, traces in zip(leaves, self.traces, strict=True):
+            for axis, trace in enumerate(traces):
+                rows = np.moveaxis(g, axis, 0).reshape(len(trace), -1)
+                traces[axis] = MEMORY * trace + (1 - MEMORY) * rows @ rows.T
+
+    def turn(self, leaves):
+        """Return a diagonal in the new bases."""
+        carried = []
+        for x, bases, traces in zip(leaves, self.bases, self.traces, strict=True):
+            for axis, (q, trace) in enumerate(zip(bases, traces, strict=True)):
                 lq = trace @ q
                 lq = lq / (np.abs(lq).max() or 1) + self.rounding**0.5 * q
-                self.bases[i][axis] = np.linalg.qr(lq)[0]
-                rows = np.moveaxis(g, axis, 0).reshape(len(q), -1)
-                fresh = rows @ rows.T
-                self.traces[i][axis] = MEMORY * trace + (1 - MEMORY) * fresh
+                bases[axis] = np.linalg.qr(lq)[0]
+                x = np.tensordot(x, (q.T @ bases[axis]) ** 2, (0, 0))
+            carried.append(x.ravel())
+        return np.concatenate(carried)
+
+    def dense(self):
+        whole = (functools.reduce(np.kron, bases) for bases in self.bases)
+        return jax.scipy.linalg.block_diag(*whole)
 
     def turned(self, leaves, *, back=False):
         result = []
@@ -590,8 +617,10 @@ class Oracle:
         self.data = weights, labels, rows, hessians, ggns
         return weights @ grads / total, np.tensordot(weights, hessians, 1) / total
 
-    def estimate(self):
+    def estimate(self, grads):
         """Return the estimate of the estimator, moved on."""
+        if self.case.estimator == "squared_gradient":
+            return self.bases.turned(self.split(grads[: self.n])) ** 2
         case = self.case
         n_parts = 2 if case.path == "microbatches" else 1
         n = DEVICES if case.devices == "shard_map" else 1
@@ -633,11 +662,15 @@ class Oracle:
 
         if case.estimator in ("gauss_newton", "gauss_newton_2"):
             return n * mean(lambda i, key: factor(i, key) ** 2)
-        if case.estimator == "in_eigenbasis":
+        if case.estimator in ("in_eigenbasis", "axes_of_factors"):
             g = self.split(n * mean(factor))
-            self.bases.move(g)
+            if case.estimator == "axes_of_factors":
+                self.bases.see(g)
             return self.bases.turned(g) ** 2
         hs = [matrix(i, hessians) for i in range(n)]
+        if case.estimator == "turned_hutchinson":
+            q = np.asarray(self.bases.dense())
+            hs = [q.T @ h @ q for h in hs]
         if case.estimator == "gauss_newton_control":
             rests = [h - matrix(i, ggns) for i, h in enumerate(hs)]
 
@@ -667,16 +700,24 @@ class Oracle:
         order = 2 if case.formula == "rms" else 1
         if refresh:
             exact = case.path == "hessian_diag"
-            d = np.diag(hessian)[:n] if exact else self.estimate()
+            d = np.diag(hessian)[:n] if exact else self.estimate(grads)
             self.nu = B2 * self.nu + (1 - B2) * d**order
             self.refreshes += 1
         self.count += 1
         self.mu = B1 * self.mu + (1 - B1) * grads[:n]
-        m = self.bases.turned(self.split(self.mu)) / (1 - B1**self.count)
+        m = self.mu / (1 - B1**self.count)
+        if formula.get("nesterov"):
+            m = B1 * self.mu / (1 - B1 ** (self.count + 1))
+            m += (1 - B1) * grads[:n] / (1 - B1**self.count)
+        m = self.bases.turned(self.split(m))
         h = np.abs(self.nu / (1 - B2**self.refreshes)) ** (1 / order)
         bound = formula["clip_threshold"] or np.inf
         step = np.clip(m / (h ** formula["hessian_power"] + EPS), -bound, bound)
         step = self.bases.turned(self.split(step), back=True)
+        if case.estimator in TURNED.split():
+            if case.estimator != "axes_of_factors":
+                self.bases.see(self.split(grads[:n]))
+            self.nu = self.bases.turn(self.split(self.nu))
         curved = -RATE * (step + DECAY * params[:n])
         return np.concatenate([curved, -SGD * grads[n:]])
 

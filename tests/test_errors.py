@@ -14,6 +14,7 @@ from jax.experimental import checkify
 
 import adahessian_jax as ah
 from adahessian_jax._src.probes import normal_like
+from adahessian_jax.transforms.soap import scale_by_soap
 
 W = {"w": jnp.ones(3), "b": {"c": jnp.ones(2)}}
 NO_C = {"w": W["w"]}
@@ -29,6 +30,7 @@ OPTAX_ESTIMATOR = optax.contrib.hutchinson_estimator_diag_hessian()
 EMA = ah.hutchinson(control_variate=ah.ema_control())
 CONTROL = ah.hutchinson(control_variate=ah.gauss_newton_control(SQUARED))
 MODEL = ah.scale_by_quadratic_model(SOFTMAX)
+WITH_MOMENTUM = ah.scale_by_quadratic_model(SOFTMAX, momentum=True)
 F, Y, ONES = jnp.ones((4, 2)), jnp.zeros((4, 2)), jnp.ones(4)
 AVERAGE = ah.conv_spatial_average()
 CONV, FIVE = jnp.ones((3, 3, 2, 4)), jnp.ones((2, 3, 3, 2, 4))
@@ -166,10 +168,16 @@ VALUE_ERRORS = {
     "outputs and got no labels.": lambda: estimate(CONTROL, predict_fn=predict),
     "rank must not exceed the number of parameters, 5, got 6.":
         lambda: ah.hutchinson(control_variate=ah.low_rank_control(6)).init(W),
-    "loss) with n_samples=1: the":
-        lambda: ah.in_eigenbasis(ah.gauss_newton(SOFTMAX, n_samples=2)),
+    "loss) with n_samples=1 for": lambda: ah.in_eigenbasis(
+        ah.gauss_newton(SOFTMAX, n_samples=2), axes_from="factors"
+    ),
+    "shares no pass with the gradient: use":
+        lambda: fused(ada(ah.in_eigenbasis(ah.squared_gradient())), loss),
+    "finds a momentum only with a rate": lambda: ah.newton(0.1, SQUARED, b1=None),
     "grad must be given: the slope": lambda: update(MODEL, predict_fn=predict),
     "network's outputs and got no predict_fn. Pass a": lambda: update(MODEL, grad=W),
+    "momentum must be that of the optimizer that made the state":
+        lambda: update(WITH_MOMENTUM, state=MODEL.init(W), grad=W, predict_fn=predict),
     "grad must have": lambda: update(MODEL, grad=NO_C, predict_fn=predict),
     "and got no predict_fn. Pass": lambda: fused(ah.newton(None, SQUARED), both),
     "learning_rate=0.1 and schedule are both rates":
@@ -263,7 +271,18 @@ WAYS_OUT = {
         estimate(CONTROL, predict_fn=predict, labels=jnp.zeros(3)),
         fused(ada(CONTROL), both, labels=jnp.zeros(3)),
     ),
-    "gauss_newton(loss) with n_samples=1": lambda: ah.in_eigenbasis(GN).init(W),
+    "gauss_newton(loss) with n_samples=1":
+        lambda: ah.in_eigenbasis(GN, axes_from="factors").init(W),
+    "Pass b1=0.85, or learning_rate=None.": lambda: [
+        ah.newton(0.1, SQUARED, b1=0.85).init(W),
+        ah.newton(None, SQUARED, b1=None).init(W),
+    ],
+    "leave axes_from at 'gradients'":
+        lambda: ah.in_eigenbasis(ah.squared_gradient()).init(W),
+    "the state new by tx.init":
+        lambda: update(WITH_MOMENTUM, grad=W, predict_fn=predict),
+    "use jax.value_and_grad, and give tx.update":
+        lambda: update(ada(ah.in_eigenbasis(ah.squared_gradient()))),
     "params, grad=grads, predict_fn=": lambda: (
         update(MODEL, grad=W, predict_fn=predict),
         fused(ah.newton(None, SQUARED), both, then={"grad": W, "predict_fn": predict}),
@@ -349,12 +368,13 @@ WRONG = [  # names, TypeError, ValueError
     ("learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
     ("clip_threshold fraction hessian_power max_learning_rate", NUMBERS, [0.0, -1.0]),
     ("chunk_size every max_dim max_precond_dim mc_iters microbatches n_samples"
-     " precondition_frequency rank size update_each update_interval", [2.0, True], [0]),
+     " precondition_frequency rank size turn_interval update_each update_interval", [2.0, True], [0]),
     ("event_ndim initial_refreshes n_vectors", [2.0, False], [-1]),
     ("axis", [1.0, None, True], []),
-    ("abs_first average_conv_kernel has_aux precondition_1d turn_vectors unbiased"
+    ("abs_first average_conv_kernel has_aux momentum nesterov precondition_1d"
+     " turn_vectors unbiased"
      " unroll zack_dugue.control_variate", [1, "yes"], []),
-    ("hessian_ema layout mode reduction", [], ["no such", ["rms"]]),
+    ("axes_from hessian_ema layout mode reduction", [], ["no such", ["rms"]]),
     ("loss", ["l2_loss", optax.l2_loss, None], []),
     ("estimator tx", ["hutchinson", ah.hutchinson], []),
     ("control_variate", ["ema", ah.ema_control], []),
@@ -379,7 +399,7 @@ WRONG = {
 }
 # Each function, and a right call of it.
 BARE = [ah.conv_spatial_average, ah.ema_control, ah.hutchinson, SQUARED.replace]
-BARE += [ah.scale_by_soap, ah.published.soap]
+BARE += [scale_by_soap, ah.published.soap]
 BARE += [ah.scale_by_adahessian, ah.published.paper, ah.published.zack_dugue]
 OF_LOSS = [ah.gauss_newton, ah.gauss_newton_control, ah.scale_by_quadratic_model]
 # fmt: off
@@ -392,6 +412,7 @@ RIGHT = {f: {} for f in BARE} | {f: {"loss": SQUARED} for f in OF_LOSS} | {
     ah.in_eigenbasis: {"estimator": GN},
     ah.low_rank_control: {"rank": 2},
     ah.newton: {"learning_rate": 0.1, "loss": SQUARED},
+    ah.soap: {"learning_rate": 0.1},
     ah.rademacher_like: {"key": jax.random.key(0), "tree": W},
     ah.unmasked: {"fun": loss, "params": W},
     ah.value_and_grad_with_curvature: {"loss_fn": loss, "tx": HUTCHINSON},
@@ -420,7 +441,8 @@ def wrong_arguments():
 
 
 def test_wrong_arguments_cover_all_public_functions():
-    public = {getattr(ah, name) for name in ah.__all__} - {ah.losses, ah.published}
+    public = {getattr(ah, name) for name in ah.__all__}
+    public -= {ah.losses, ah.published, ah.squared_gradient}  # takes nothing
     assert public < set(RIGHT)
     for function, right in RIGHT.items():
         function(**right)

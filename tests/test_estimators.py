@@ -68,7 +68,10 @@ def scanned(estimator, params, length, **functions):
     """Return the state after some updates, and the estimate of each."""
 
     def step(state, _):
-        return estimator.update(None, state, params, **functions)[::-1]
+        diag, state = estimator.update(None, state, params, **functions)
+        if hasattr(state, "bases"):  # which optimizers turn
+            *_, state = estimator.update.observe(diag, state, diag, 0)
+        return state, diag
 
     run = jax.jit(lambda s: jax.lax.scan(step, s, length=length))
     return run(estimator.init(params))
@@ -458,14 +461,13 @@ def test_estimates_in_any_bases_are_unbiased(options, monkeypatch):
 @pytest.mark.usefixtures("x64")
 def test_bases_turn_to_eigenvectors_of_partial_traces():
     ggn = dense_ggn(lambda f: losses.softmax_cross_entropy(f, Y), predict, PARAMS)
-    estimator = ah.in_eigenbasis(SOFTMAX, decay=0.995)
+    estimator = ah.in_eigenbasis(SOFTMAX, axes_from="factors", decay=0.995)
     state, _ = scanned(estimator, PARAMS, 1500, predict_fn=predict)
     block = ggn[4:, 4:].reshape(3, 2, 3, 2)
     traces = np.einsum("ijkj->ik", block), np.einsum("ijil->jl", block)
-    q_and_product = state.bases[1], state.products[1]
-    for q, product, trace in zip(*q_and_product, traces, strict=True):
+    for q, got, trace in zip(state.bases[1], state.traces[1], traces, strict=True):
         np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-12)
-        np.testing.assert_allclose(product @ q.T, trace, atol=0.1 * np.abs(trace).max())
+        np.testing.assert_allclose(got, trace, atol=0.1 * np.abs(trace).max())
         turned = np.asarray(q.T @ trace @ q)
         rest = turned - np.diag(np.diag(turned))
         assert np.abs(rest).max() < 0.1 * turned.max()
@@ -488,7 +490,7 @@ def test_few_vectors_are_the_leading_eigenvectors(scale):
     left = np.linalg.qr(RNG.normal(size=(8, 5)))[0]
     factor = scale * np.vstack([np.zeros((4, 5)), left * 0.4 ** np.arange(5)])
     loss, w = losses.l2_loss.replace(reduction="sum"), jnp.zeros((12, 5))
-    few = {"decay": 0.5, "max_dim": 5, "n_vectors": 3}
+    few = {"decay": 0.5, "max_dim": 5, "n_vectors": 3, "axes_from": "factors"}
     estimator = ah.in_eigenbasis(ah.gauss_newton(loss), **few)
     predict_fn = lambda w: jnp.sum(factor * w)[None]  # noqa: E731
     state, diags = scanned(estimator, w, 60, predict_fn=predict_fn)
@@ -523,12 +525,18 @@ def test_which_axes_have_a_basis(leaf, options, expected):
     ]
 
 
-def test_a_factor_that_is_not_finite_does_not_stay_in_the_bases():
+@pytest.mark.parametrize("axes_from", ["factors", "gradients"])
+def test_what_is_not_finite_does_not_stay_in_the_bases(axes_from):
     w = jnp.ones((3, 2))
-    estimator = ah.in_eigenbasis(ah.gauss_newton(losses.l2_loss))
-    step = jax.jit(
-        lambda s, x: estimator.update(None, s, w, predict_fn=lambda w: jnp.dot(x, w))
-    )
+    gauss_newton = ah.gauss_newton(losses.l2_loss)
+    estimator = ah.in_eigenbasis(gauss_newton, axes_from=axes_from)
+
+    @jax.jit
+    def step(state, x):
+        diag, state = estimator.update(None, state, w, predict_fn=lambda w: x @ w)
+        *_, state = estimator.update.observe(x.T @ (x @ w), state, diag, 0)
+        return diag, state
+
     x = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32)
     _, state = step(estimator.init(w), x)
     _, after = step(state, x.at[0, 0].set(jnp.inf))

@@ -13,6 +13,7 @@ import adahessian_jax as ah
 from adahessian_jax import losses
 from adahessian_jax._src.probes import normal_like
 from adahessian_jax.transforms.adahessian import ScaleByAdaHessianState
+from adahessian_jax.transforms.soap import scale_by_soap
 from tests.problems import dense_ggn, quadratic
 
 RNG = np.random.default_rng(0)
@@ -209,7 +210,7 @@ def test_soap_of_leaves_of_all_kinds():
     assert jax.tree.structure(optax.tree.map_params(tx, abs, tx.init(params))) == (
         jax.tree.structure(tx.init(params))
     )
-    held, _ = ah.scale_by_soap().update(whole, ah.scale_by_soap().init(whole))
+    held, _ = scale_by_soap().update(whole, scale_by_soap().init(whole))
     np.testing.assert_array_equal(held["n"], 0)
     state, jitted = tx.init(params), jax.jit(tx.update)
     for t in range(6):
@@ -283,7 +284,8 @@ RISING, FALLING = optax.linear_schedule(0.5, 1, 3), optax.linear_schedule(0.1, 0
 def test_newton_is_the_chain_of_its_parts(rate, schedule, path):
     """With schedules and weight decay; without, see test_simple.py."""
     estimator = ah.in_eigenbasis(ah.gauss_newton(SOFTMAX))
-    options = {"clip_threshold": 0.1, "update_interval": 20, "initial_refreshes": 10}
+    options = {"clip_threshold": 0.3, "update_interval": 20, "initial_refreshes": 10}
+    options |= {"b1": 0.85, "nesterov": True}
     options |= {"b2": 0.9, "hessian_ema": "mean", "estimator": estimator}
     reference = optax.chain(
         ah.scale_by_adahessian(**options),
@@ -333,34 +335,74 @@ def test_newton_takes_another_gradient_and_one_rate():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize("sign", [1.0, -1.0], ids=["not turned", "turned"])
 @pytest.mark.parametrize("loss", [SOFTMAX, SOFTMAX.replace(reduction="sum")], ids=repr)
-def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign):
+def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign, momentum):
     """Whether updates have the gradient's sign or not, and with a where."""
     where = np.array([1.0, 0, 2, 1, 1, 0.5])
     of_outputs = functools.partial(loss, labels=Y, where=where)
     ggn = dense_ggn(lambda f: of_outputs(f), predict, W)
-    tx = ah.scale_by_quadratic_model(loss, 0.6, decay=0.8, max_learning_rate=3.0)
-    state, s, c = tx.init(W), 0.0, 0.0
+    options = {"decay": 0.8, "max_learning_rate": 3.0, "momentum": momentum}
+    tx = ah.scale_by_quadratic_model(loss, 0.6, **options)
+    n = 2 if momentum else 1
+    state, s, c, last = tx.init(W), np.zeros(n), np.zeros((n, n)), None
     update = jax.jit(
         lambda g, u, state: tx.update(
             u, state, W, grad=g, predict_fn=lambda p: (predict(p), where)
         )
     )
     flat = lambda tree: np.concatenate([np.ravel(tree[k]) for k in "bw"])  # noqa: E731
-    for t in range(4):
+    last = 0 * flat(W)
+    for t in range(5):
         g = jax.tree.map(lambda x: RNG.normal(size=x.shape), W)
         u = jax.tree.map(lambda x: sign * (x + RNG.normal(size=x.shape) / 2), g)
+        d = np.stack([flat(u), last][:n])
         if t == 2:  # left out
             u = jax.tree.map(lambda x: x * np.nan, u)
         else:
-            s = 0.8 * s + 0.2 * sign * flat(g) @ flat(u)
-            c = 0.8 * c + 0.2 * flat(u) @ ggn @ flat(u)
+            s = 0.8 * s + 0.2 * sign * d @ flat(g)
+            c = 0.8 * c + 0.2 * d @ ggn @ d.T
         got, state = update(g, u, state)
-        rate = min(0.6 * max(s, 0) / c, 3.0)
-        np.testing.assert_allclose(state.learning_rate, rate, rtol=1e-10)
-        assert (state.sign, np.sign(state.slope)) == (sign, sign)
-        close(got, jax.tree.map(lambda x, rate=rate: rate * x, u))
+        along = [0.6 * max(s[0], 0) / c[0, 0], 0]
+        if momentum and t > 0:
+            ridge = 2.0**-26 * np.diag(np.diag(c))
+            along = 0.6 * np.linalg.solve(c + ridge, s)
+        along[0] = min(along[0], 3.0)
+        np.testing.assert_allclose(state.learning_rate, along[0], rtol=1e-6)
+        assert (state.sign, np.sign(state.slope[0])) == (sign, sign)
+        expected = along[0] * flat(u) + along[1] * last
+        np.testing.assert_allclose(flat(got), expected, rtol=1e-6, atol=1e-8)
+        if t != 2:
+            last = flat(got)
+        else:  # as optax.apply_if_finite does
+            state = before
+        before = state
+
+
+@pytest.mark.usefixtures("x64")
+def test_rate_and_momentum_are_conjugate_gradients():
+    """On a quadratic function: its minimum in as many steps as it has eigenvalues."""
+    rng = np.random.default_rng(5)
+    turn = np.linalg.qr(rng.normal(size=(7, 7)))[0]
+    rows = jnp.asarray(np.sqrt([1.0, 1, 3, 3, 10, 50, 50]))[:, None] * turn
+    loss, w = losses.l2_loss.replace(reduction="sum"), jnp.ones(7)
+    model = {"fraction": 1.0, "decay": 0.0, "momentum": True}
+    tx = ah.scale_by_quadratic_model(loss, **model)
+
+    @jax.jit
+    def step(w, state):
+        value, grads = jax.value_and_grad(lambda w: loss(rows @ w, 0 * w))(w)
+        args = {"grad": grads, "predict_fn": lambda w: rows @ w}
+        updates, state = tx.update(jax.tree.map(jnp.negative, grads), state, w, **args)
+        return w + updates, state, value
+
+    state, values = tx.init(w), []
+    for _ in range(6):
+        w, state, value = step(w, state)
+        values.append(float(value))
+    assert values[3] > 1e-6 * values[0]
+    assert values[4] < 1e-10 * values[0]  # but for the ridge
 
 
 def test_no_curvature_along_the_updates_is_a_rate_of_zero_and_integers_stay():

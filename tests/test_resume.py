@@ -41,6 +41,8 @@ CASES = {
     "published": ah.published.davda54(update_each=4),
     "low-rank": make_optimizer("low-rank", hessian_ema="mean", hessian_power=0.5),
     "newton": make_optimizer("newton"),
+    "momentum": ah.newton(None, LOSS, b1=None),
+    "soap": ah.soap(0.1),
 }
 
 
@@ -55,7 +57,8 @@ def through_checkpoint(path, tree, like):
 def test_goes_on_bit_for_bit(name, tmp_path):
     """Cut after 6 of 11 steps, in the middle of a cycle of 4."""
     tx, params = CASES[name], PARAMS
-    step = jax.jit(make_step(tx, name, "fused"))
+    path = "function" if name in ("momentum", "soap") else "fused"
+    step = jax.jit(make_step(tx, name, path))
     halfway = train(step, params, tx.init(params), X, Y, 6)
     undisturbed = train(step, *halfway, X, Y, 5)
     like = jax.tree.map(jnp.zeros_like, (params, tx.init(params)))
@@ -123,6 +126,8 @@ REFUSED = {
     ),
     "loss": (GAUSS_NEWTON, {"estimator": ah.gauss_newton(SUM)}, "estimator or loss"),
     "turned-loss": (turned(), turned(of=ah.gauss_newton(SUM)), "estimator or loss"),
+    "axes_from": (turned(), turned(axes_from="factors"), "estimator or loss"),
+    "squared": (turned(), turned(of=ah.squared_gradient()), "another estimator"),
     "eigenbasis": (GAUSS_NEWTON, turned(), "another estimator"),
     "max_dim": (turned(), turned(max_dim=16), "another estimator"),
     "n_vectors": (turned(max_dim=8), turned(max_dim=8, n_vectors=4), "another"),
@@ -180,15 +185,27 @@ CHANGED = {  # by what, beside an update_interval of 2
     ah.adahessian: {"learning_rate": 0.3, "b1": 0.8, "b2": 0.9, "eps": 0.1}
     | {"hessian_power": 0.5, "hessian_ema": "mean", "update_interval": 5}
     | {"initial_refreshes": 3, "clip_threshold": 0.1, "weight_decay": 0.1}
-    | {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16", "weight_decay_mask": {}}
+    | {
+        "nesterov": True,
+        "mu_dtype": "bfloat16",
+        "nu_dtype": "bfloat16",
+        "weight_decay_mask": {},
+    }
     | {"averaging": lambda path, x: x.mean(0, keepdims=True), **GAUSS_NEWTON},
-    ah.newton: {"loss": SUM, "decay": 0.5, "max_dim": 8, "n_vectors": 4, "seed": 5}
+    ah.newton: {
+        "loss": SUM,
+        "decay": 0.5,
+        "turn_interval": 3,
+        "max_dim": 8,
+        "n_vectors": 4,
+        "seed": 5,
+    }
     | {"axis_name": "data", "stacked": lambda path, x: x.ndim - 1}
     | {"schedule": optax.constant_schedule(0.5)},
 }
 CHANGES = [(make, *x) for make, change in CHANGED.items() for x in change.items()]
 # Of these the first update tells nothing.
-LATER = ("update_interval", "initial_refreshes", "decay", "b1", "b2")
+LATER = ("update_interval", "initial_refreshes", "decay", "turn_interval", "b1", "b2")
 
 
 def test_the_table_has_every_argument():

@@ -10,7 +10,7 @@ import pytest
 import adahessian_jax as ah
 from docs import simple
 
-STEPS = 25  # with estimates on the first ten and on number 20
+STEPS = 25  # estimates on the first ten and number 20, turns also on 19
 CLASSES = 4
 # Bases are unique from the second step on: no axis has two vectors without curvature.
 UNIQUE = {

@@ -26,6 +26,7 @@ from adahessian_jax._src.dtypes import (
 from adahessian_jax._src.estimator import Curvature, Estimator, as_estimator, declare
 from adahessian_jax._src.masking import mask_like
 from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias, is_static
+from adahessian_jax._src.orthogonal import Bases
 from adahessian_jax._src.xla import cond, is_traced
 
 
@@ -119,8 +120,11 @@ class CurvatureAverage:
         hessian_diag: Any = None,
         curvature: Curvature | None = None,
         **extra_args: Any,
-    ) -> CurvatureState:
-        """Return the state moved on."""
+    ) -> tuple[CurvatureState, optax.Updates, tuple[Bases, ...]]:
+        """Return the state moved on, the average to divide by, and what bases it is in.
+
+        The average in the state is in those of the next update.
+        """
         checks.check_params(params)
         checks.check_like("updates", updates, params)
         checks.check_spelling(extra_args, _EXTRA_ARGS)
@@ -139,7 +143,7 @@ class CurvatureAverage:
                 inner = estimator_state, params
                 if isinstance(estimate := self.estimator.update, Estimator):
                     *_, diag, estimator_state = estimate.value_and_grad(
-                        None, *inner, **args
+                        None, *inner, updates=updates, **args
                     )
                 else:
                     diag, estimator_state = estimate(updates, *inner, **args)
@@ -174,19 +178,26 @@ class CurvatureAverage:
             estimate = nu
             known = map_floats(lambda d: ~never_estimated(d), estimate)
             nu = self._moved(state, estimate, known)
+        bases: tuple[Bases, ...] = ((),) * len(jax.tree.leaves(updates))
+        next_nu = nu
+        if isinstance(self.estimator.update, Estimator):
+            bases, next_nu, estimator_state = self.estimator.update.observe(
+                updates, estimator_state, nu, state.count
+            )
         count = optax.safe_increment(state.count)
         due = (count % self.update_interval == 0) | (count < self.initial_refreshes)
         seen = optax.safe_increment(state.refreshes)
-        return CurvatureState(
+        new = CurvatureState(
             count=count,
             refreshes=jnp.where(refresh, seen, state.refreshes),
             nonfinite=nonfinite,
             fingerprint=state.fingerprint,
-            nu=nu,
+            nu=next_nu,
             estimate=estimate,
             refresh_due=None if self.always else due,
             estimator_state=estimator_state,
         )
+        return new, nu, bases
 
     def _terms(self, state: CurvatureState) -> Array:
         """Return how many times the average has moved."""

@@ -51,6 +51,11 @@ class Estimator(abc.ABC):
         return None
 
     @property
+    def is_factor(self) -> bool:
+        """Whether this is such a factor itself."""
+        return False
+
+    @property
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         """The estimator as optax takes it."""
         return optax.GradientTransformationExtraArgs(self.init, self)
@@ -80,6 +85,17 @@ class Estimator(abc.ABC):
         outputs), aux)``. Where it is None there is neither value nor gradient, and
         ``extra_args`` has the functions.
         """
+
+    def observe(
+        self, updates: optax.Updates, state: Any, nu: optax.Updates, count: Array
+    ) -> tuple[tuple[Any, ...], optax.Updates, Any]:
+        """Look at the gradients of an update, with an estimate or without.
+
+        Returns the bases that the average ``nu`` is in, a tuple for each leaf, and the
+        average and the state for the next update.
+        """
+        del count
+        return ((),) * len(jax.tree.leaves(updates)), nu, state
 
 
 class Curvature(NamedTuple):

@@ -11,23 +11,13 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src import axes, checks, dtypes
+from adahessian_jax._src import checks, dtypes, turning
 from adahessian_jax._src.estimator import Estimator, as_estimator
 from adahessian_jax._src.loss import Loss
-from adahessian_jax._src.moving_average import ema
-from adahessian_jax._src.orthogonal import (
-    PRECISION,
-    Bases,
-    Orthogonal,
-    Reflectors,
-    first_columns,
-    layers_ndim,
-    orthogonal_from_columns,
-    rotate,
-)
-from adahessian_jax._src.stacks import Stacked, check_stacked, over_layers, stack_ndim
-
-Products = tuple[Array | None, ...]
+from adahessian_jax._src.orthogonal import Bases, rotate
+from adahessian_jax._src.stacks import Stacked, check_stacked, stack_ndim
+from adahessian_jax._src.turning import Traces
+from adahessian_jax._src.xla import cond
 
 
 class EigenbasisState(NamedTuple):
@@ -35,22 +25,24 @@ class EigenbasisState(NamedTuple):
 
     Attributes:
       estimator_state: that of the estimator inside.
-      products: for each parameter, in the order of ``jax.tree.leaves``, a tuple of one
-        for each axis: the moving average of the curvature's partial trace over all
-        other axes, times the basis's vectors, (size, number of vectors); None for an
-        axis that is not turned.
-      bases: the same of orthogonal matrices, whose first columns are these vectors.
+      traces: for each parameter, in the order of ``jax.tree.leaves``, a tuple of one
+        for each axis: the moving average of the partial trace over all other axes,
+        (size, size), or its product with leading vectors, (size, number of vectors);
+        None for an axis that is not turned.
+      bases: the same of orthogonal matrices, whole or by their leading vectors.
     """
 
     estimator_state: optax.OptState
-    products: tuple[Products, ...]
+    traces: tuple[Traces, ...]
     bases: tuple[Bases, ...]
 
 
 def in_eigenbasis(
     estimator: optax.GradientTransformation,
     *,
-    decay: ArrayLike = 0.98,
+    axes_from: str = "gradients",
+    decay: ArrayLike = 0.95,
+    turn_interval: int | Array = 10,
     max_dim: int = 64,
     n_vectors: int = 8,
     stacked: Stacked | None = None,
@@ -60,27 +52,32 @@ def in_eigenbasis(
     A diagonal says nothing of how parameters interact. This estimator turns the axes of
     each tensor so that they interact less, and estimates the diagonal there; this
     library's optimizers step in the turned axes and turn the step back. For a matrix
-    :math:`W` with Gauss-Newton matrix :math:`G_{(ij),(kl)}`, the axes are the
-    eigenvectors of its partial traces
+    with gradients :math:`g_t` the axes follow the eigenvectors of
 
     .. math::
-      L_{ik} = \sum_j G_{(ij),(kj)} = \mathrm{E}\, (g g^\top)_{ik}, \qquad
-      R_{jl} = \sum_i G_{(ij),(il)} = \mathrm{E}\, (g^\top g)_{jl},
+      L_t \leftarrow \rho L_{t-1} + (1 - \rho) g_t g_t^\top, \qquad
+      R_t \leftarrow \rho R_{t-1} + (1 - \rho) g_t^\top g_t,
 
-    where :math:`g` is the Gauss-Newton factor as a matrix, whose square is the estimate
-    of :func:`adahessian_jax.gauss_newton`. With the eigenvectors :math:`Q_L, Q_R` as
-    columns, the estimate is the square of :math:`Q_L^\top g\, Q_R`: in the mean, the
-    exact diagonal in that basis, whether or not G is a Kronecker product. Tensors of
-    any order have a partial trace for each axis; a vector's is its whole block of G.
+    where :math:`\rho` is ``decay``, by steps of orthogonal iteration, :math:`Q
+    \leftarrow \mathrm{qr}(L Q)`. Tensors of any order have such a partial trace for each
+    axis. For an axis longer than ``max_dim`` the basis follows the leading eigenvectors
+    and leaves the rest nearly as it is. Estimates are made in bases of earlier
+    gradients; when these turn, the average of curvature is taken along.
 
-    Partial traces are moving averages over estimates, each of which moves the bases by
-    one step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`. For an axis
-    longer than ``max_dim`` it follows the leading eigenvectors, which have most of the
-    curvature, and leaves the rest nearly as it is. Use an ``update_interval`` of 20.
+    With :func:`adahessian_jax.gauss_newton` and one sample, or
+    :func:`adahessian_jax.squared_gradient`, the estimate is the square of the turned
+    factor :math:`Q_L^\top g Q_R`: in the mean, the exact diagonal in that basis. Any
+    other estimator, and optax's, is given the turned parameters and the function of
+    them.
 
     Args:
-      estimator: :func:`adahessian_jax.gauss_newton` with one sample.
-      decay: decay rate of the moving averages of partial traces, in [0, 1).
+      estimator: of the curvature.
+      axes_from: ``"gradients"`` of every update, or ``"factors"``: those that
+        ``gauss_newton`` with one sample squares, where there is an estimate.
+      decay: decay rate of the averages of partial traces, in [0, 1). Factors are fewer:
+        0.98.
+      turn_interval: turn on every so many-th update, at least 1, and on each of as many
+        first ones.
       max_dim: axes of up to this size n, at least 1, have a complete basis: 2 n²
         numbers of state, and 4 n operations for each entry of the tensor in an update.
       n_vectors: how many leading eigenvectors a longer axis has: 3 n k numbers for k of
@@ -92,12 +89,13 @@ def in_eigenbasis(
     Returns:
       A transformation for :func:`adahessian_jax.adahessian` and
       :func:`adahessian_jax.scale_by_adahessian` only: ``optax.contrib.sophia``, say,
-      would take its diagonal for that in the parameters' own axes. ``update`` takes
-      what that of ``estimator`` takes and returns the diagonal in the bases of the new
-      state, an :class:`.EigenbasisState`, of the structure and dtypes of ``params``.
+      would take its diagonal for that in the parameters' own axes, and nothing would
+      turn these. ``update`` takes what that of ``estimator`` takes and returns the
+      diagonal in the bases of its state, an :class:`.EigenbasisState`.
 
     Raises:
-      ValueError: if an argument is out of range, or ``estimator`` has no single factor.
+      ValueError: if an argument is out of range, or ``estimator`` has no single factor
+        where axes are to come from it.
       TypeError: if an argument is of the wrong type.
 
     Examples:
@@ -116,44 +114,51 @@ def in_eigenbasis(
       True
 
     References:
-      George et al., `Fast Approximate Natural Gradient Descent in a Kronecker-factored
-      Eigenbasis <https://arxiv.org/abs/1806.03884>`_, 2018, for the diagonal in an
-      eigenbasis, there that of the factors of K-FAC; Gupta, Koren and Singer, `Shampoo
-      <https://arxiv.org/abs/1802.09568>`_, 2018, and Vyas et al., `SOAP
-      <https://arxiv.org/abs/2409.11321>`_, 2024, for bases of every axis and their
-      orthogonal iteration, there from gradients
+      Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, for bases of every
+      axis by gradients, and their orthogonal iteration; George et al., `Fast
+      Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis
+      <https://arxiv.org/abs/1806.03884>`_, 2018, for curvature in an eigenbasis
     """
+    checks.check_choice("axes_from", axes_from, ("gradients", "factors"))
     checks.check_float("decay", decay, 0.0, 1.0)
+    checks.check_int("turn_interval", turn_interval, 1, traceable=True)
     checks.check_int("max_dim", max_dim, 1)
     checks.check_int("n_vectors", n_vectors, 0)
-    inner = getattr(as_estimator(estimator).update, "factor", None)
-    if inner is None:
-        raise ValueError(
-            "estimator must be gauss_newton(loss) with n_samples=1: the bases come from"
-            f" the signs of its factor. Got {estimator!r}."
-        )
     check_stacked(stacked)
-    options = decay, max_dim, n_vectors, stacked
-    return _InEigenbasis(inner.axis_name, inner, *options).transformation
+    inner: Any = as_estimator(estimator)
+    if isinstance(inner.update, Estimator):
+        inner = inner.update.factor or inner.update
+    squared = isinstance(inner, Estimator) and inner.is_factor
+    if axes_from == "factors" and not squared:
+        raise ValueError(
+            "estimator must be gauss_newton(loss) with n_samples=1 for"
+            f" axes_from='factors': they are what it squares. Got {estimator!r}; or"
+            " leave axes_from at 'gradients'."
+        )
+    options = axes_from, decay, turn_interval, max_dim, n_vectors, stacked
+    axis_name = getattr(inner, "axis_name", None)
+    return _InEigenbasis(axis_name, inner, *options).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _InEigenbasis(Estimator):
     """The estimator with the arguments of :func:`in_eigenbasis`."""
 
-    inner: Estimator
+    inner: Any
+    axes_from: str
     decay: ArrayLike
+    turn_interval: int | Array
     max_dim: int
     n_vectors: int
     stacked: Stacked | None
 
     @property
     def loss(self) -> Loss | None:
-        return self.inner.loss
+        return getattr(self.inner, "loss", None)
 
     @property
     def kind(self) -> str:
-        return f"in_eigenbasis({self.inner.kind})"
+        return f"in_eigenbasis({getattr(self.inner, 'kind', '')}, {self.axes_from})"
 
     def init(self, params: optax.Params) -> EigenbasisState:
         leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -161,52 +166,93 @@ class _InEigenbasis(Estimator):
             nothing: Any = [jnp.zeros(0), jnp.zeros(0)]
             return EigenbasisState(self.inner.init(params), *nothing)
         bases = tuple(self._first_bases(path, leaf) for path, leaf in leaves)
-        products = jax.tree.map(
-            lambda q: jnp.zeros_like(q.right if isinstance(q, Reflectors) else q),
-            bases,
-            is_leaf=lambda q: isinstance(q, Reflectors),
-        )
-        return EigenbasisState(self.inner.init(params), products, bases)
+        traces = turning.first_traces(bases)
+        return EigenbasisState(self.inner.init(params), traces, bases)
 
     def value_and_grad(
         self, fun: Any, state: EigenbasisState, params: Any, **extra_args: Any
     ) -> tuple[Any, Any, optax.Updates, EigenbasisState]:
-        value, grads, factor, inner_state = self.inner.value_and_grad(
-            fun, state.estimator_state, params, **extra_args
-        )
-        leaves, treedef = jax.tree.flatten(factor)
+        inner, inner_state = self.inner, state.estimator_state
+        if not jax.tree.leaves(params):
+            state = state._replace(bases=())
+        turn = functools.partial(_each, rotate, bases=state.bases)
+        if isinstance(inner, Estimator) and inner.is_factor:
+            value, grads, factor, inner_state = inner.value_and_grad(
+                fun, inner_state, params, **extra_args
+            )
+            diag = dtypes.map_floats(jnp.square, turn(factor))
+            if self.axes_from == "factors":
+                state = self._seen(state, factor)
+            return value, grads, diag, state._replace(estimator_state=inner_state)
+
+        def back(turned: Any) -> Any:
+            own = _each(functools.partial(rotate, back=True), turned, bases=state.bases)
+            return dtypes.map_floats(lambda x, p: x.astype(p.dtype), own, params)
+
+        def of_turned(function: Any) -> Any:
+            return None if function is None else lambda x: function(back(x))
+
+        functions = {k: of_turned(extra_args.get(k)) for k in ("obj_fn", "predict_fn")}
+        extra_args |= {k: f for k, f in functions.items() if f is not None}
+        at = turn(params)
+        if isinstance(inner, Estimator):
+            value, grads, diag, inner_state = inner.value_and_grad(
+                of_turned(fun), inner_state, at, **extra_args
+            )
+            grads = None if grads is None else back(grads)
+        elif fun is None:
+            value, grads = None, turn(extra_args.pop("updates"))
+            diag, inner_state = inner.update(grads, inner_state, at, **extra_args)
+        else:
+            raise ValueError(
+                "The estimator in in_eigenbasis shares no pass with the gradient: use"
+                " jax.value_and_grad, and give tx.update what the estimator needs."
+            )
+        return value, grads, diag, state._replace(estimator_state=inner_state)
+
+    def observe(
+        self, updates: Any, state: EigenbasisState, nu: Any, count: Array
+    ) -> tuple[tuple[Bases, ...], Any, EigenbasisState]:
+        leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
-            return value, grads, factor, state._replace(estimator_state=inner_state)
-        # Bases of earlier factors only: in those fitted to this one, its square would
-        # be too large along the first vectors and too small along the others.
-        bases = jax.tree.map(_turned, state.products, state.bases)
-        each = zip(state.products, state.bases, bases, leaves, strict=True)
-        products = tuple(_moved(*x, self.decay) for x in each)
-        diag = dtypes.map_floats(
-            lambda g, q: jnp.square(rotate(g, q)),
-            factor,
-            jax.tree.unflatten(treedef, bases),
-        )
-        return value, grads, diag, EigenbasisState(inner_state, products, bases)
+            return (), nu, state
+        old = state.bases
+        if self.axes_from == "gradients":
+            state = self._seen(state, updates)
+        k = self.turn_interval
+        due = (count < k) | (count % k == k - 1)
+
+        def turn(x: Any) -> Any:
+            bases, traces, averages = x
+            traces, new = turning.turned(traces, bases)
+            each = zip(averages, leaves, bases, new, strict=True)
+            averages = [
+                turning.carried(v, p, q) if v.shape == g.shape else v
+                for v, g, p, q in each
+            ]
+            return new, traces, averages
+
+        averages = jax.tree.leaves(nu)
+        x = old, state.traces, averages
+        bases, traces, averages = cond(due, turn, lambda x: x, x)
+        nu = jax.tree.unflatten(jax.tree.structure(nu), averages)
+        return old, nu, state._replace(traces=traces, bases=bases)
+
+    def _seen(self, state: EigenbasisState, tree: Any) -> EigenbasisState:
+        """Average in what axes come from."""
+        each = zip(jax.tree.leaves(tree), state.traces, state.bases, strict=True)
+        traces = tuple(turning.averaged(self.decay, *x) for x in each)
+        return state._replace(traces=traces)
 
     def _first_bases(self, path: Any, leaf: Any) -> Bases:
         if not dtypes.is_differentiable(leaf):
             return ()
         dtype, shape = dtypes.accumulation_dtype(leaf), jnp.shape(leaf)
         n = stack_ndim(self.stacked, path, leaf)
-        bases = [self._first_basis(size, dtype) for size in shape[n:]]
+        size = self.max_dim, self.n_vectors
+        bases = [turning.first_basis(length, *size, dtype) for length in shape[n:]]
         repeated = jax.tree.map(lambda x: jnp.tile(x, (*shape[:n], 1, 1)), bases)
         return (*[None] * n, *repeated)
-
-    def _first_basis(self, n: int, dtype: Any) -> Orthogonal | None:
-        if 1 < n <= max(self.max_dim, self.n_vectors):
-            return jnp.eye(n, dtype=dtype)
-        if n <= self.max_dim or self.n_vectors == 0:
-            return None
-        # Cosines: unlike an entry's own axis, none is without curvature where pixels at
-        # the edge of every image are black, and would stay so.
-        i, j = jnp.arange(n, dtype=dtype), jnp.arange(self.n_vectors, dtype=dtype)
-        return orthogonal_from_columns(jnp.cos(jnp.pi / n * (i[:, None] + 0.5) * j))
 
 
 def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
@@ -218,45 +264,8 @@ def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
     return bases[0] if bases else ((),) * n_leaves
 
 
-def _turned(product: Array, basis: Orthogonal) -> Orthogonal:
-    """Turn a basis towards the eigenvectors, by one step of orthogonal iteration."""
-    if product.ndim > 2:
-        return over_layers(_turned, product.ndim - 2)(product, basis)
-    largest = jnp.max(jnp.abs(product))
-    relative = product / jnp.where(largest > 0, largest, 1)
-    # The second term keeps vectors without curvature where they are, well above the
-    # rounding errors of the first.
-    kept = float(jnp.finfo(product.dtype).eps) ** 0.5
-    return orthogonal_from_columns(relative + kept * first_columns(basis))
-
-
-def _moved(
-    products: Products, old_bases: Bases, bases: Bases, factor: Array, decay: Any
-) -> Products:
-    """Take products to new bases, and average in a factor's, if that is finite."""
-    if all(product is None for product in products):
-        return products
-    factor, _ = axes.gathered(factor)
-    if n := layers_ndim(bases):
-        rest = over_layers(functools.partial(_moved, decay=decay), n)(
-            products[n:], old_bases[n:], bases[n:], factor
-        )
-        return (*[None] * n, *rest)
-
-    def one(axis: int, product: Any, old: Any, new: Any) -> Array | None:
-        if product is None:
-            return None
-        q, g = first_columns(new), factor.astype(product.dtype)
-        others = [a for a in range(g.ndim) if a != axis]
-        turned = jnp.tensordot(g, q, (axis, 0), precision=PRECISION)
-        fresh = jnp.tensordot(
-            g, turned, (others, list(range(g.ndim - 1))), precision=PRECISION
-        )
-        # Exact if the basis is complete; otherwise what the trace does outside of the
-        # vectors is forgotten, little by little as they turn.
-        overlap = jnp.dot(first_columns(old).T, q, precision=PRECISION)
-        carried = jnp.dot(product, overlap, precision=PRECISION)
-        moved = ema(decay, fresh, carried)
-        return jnp.where(jnp.all(jnp.isfinite(fresh)), moved, carried)
-
-    return tuple(map(one, range(len(bases)), products, old_bases, bases))
+def _each(function: Any, tree: Any, *, bases: tuple[Bases, ...]) -> Any:
+    """Map a function over the leaves of a tree that are turned, and their bases."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(leaves, bases, strict=True)
+    return jax.tree.unflatten(treedef, [function(x, q) if q else x for x, q in pairs])

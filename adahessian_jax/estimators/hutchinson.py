@@ -225,7 +225,7 @@ def _with_no_aux(obj_fn: Any, params: Any) -> Callable[[Any], tuple[Array, None]
 
 
 def _needs_obj_fn(extra_args: dict[str, Any]) -> str:
-    given = ", ".join(sorted(extra_args.keys() - {"curvature_ema"}))
+    given = ", ".join(sorted(extra_args.keys() - {"curvature_ema", "updates"}))
     return (
         "hutchinson needs the objective, to differentiate it twice, and got no"
         f" obj_fn{f', only {given}' if given else ''}. Either pass it:"

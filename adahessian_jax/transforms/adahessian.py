@@ -10,7 +10,12 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from adahessian_jax._src.averaging_rule import AveragingRule
-from adahessian_jax._src.checks import check_float, check_float_dtype, check_like
+from adahessian_jax._src.checks import (
+    check_flag,
+    check_float,
+    check_float_dtype,
+    check_like,
+)
 from adahessian_jax._src.curvature_average import CurvatureAverage, zeros_like
 from adahessian_jax._src.curvature_state import CurvatureState, nan_if_unfit
 from adahessian_jax._src.dtypes import (
@@ -48,6 +53,7 @@ def scale_by_adahessian(
     initial_refreshes: int | Array = 0,
     averaging: AveragingRule | None = None,
     clip_threshold: ArrayLike | None = None,
+    nesterov: bool = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,6 +74,7 @@ def scale_by_adahessian(
       averaging: a rule ``(path, leaf) -> leaf`` applied to the estimate.
       clip_threshold: bound of the update's entries, above 0, in the axes in which the
         curvature is diagonal; None for no bound.
+      nesterov: look one step ahead with the average of the gradient, as in NAdam.
       mu_dtype: dtype in which ``mu`` is kept; by default that of the parameter.
       nu_dtype: dtype in which ``nu`` is kept; by default that of the parameter.
 
@@ -98,7 +105,8 @@ def scale_by_adahessian(
         estimator = hutchinson()
     when = update_interval, initial_refreshes
     average = CurvatureAverage(b2, hessian_ema, estimator, *when, averaging, nu_dtype)
-    return divide_by(average, b1, eps, hessian_power, clip_threshold, mu_dtype)
+    options = clip_threshold, nesterov, mu_dtype
+    return divide_by(average, b1, eps, hessian_power, *options)
 
 
 def divide_by(
@@ -107,6 +115,7 @@ def divide_by(
     eps: Any,
     hessian_power: Any,
     clip_threshold: Any = None,
+    nesterov: Any = False,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide an average of the gradient by one of curvature, of any kind."""
@@ -115,6 +124,7 @@ def divide_by(
     check_float("hessian_power", hessian_power, 0.0, exclusive=True)
     if clip_threshold is not None:
         check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
+    check_flag("nesterov", nesterov)
     mu_dtype = check_float_dtype("mu_dtype", mu_dtype)
 
     def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
@@ -132,11 +142,16 @@ def divide_by(
                 " the diagonal in the parameters' own. Pass what the estimator needs,"
                 " predict_fn, or use an estimator that is not in_eigenbasis(...)."
             )
-        average = curvature_average.update(
+        average, nu, bases = curvature_average.update(
             updates, state.curvature, params, **extra_args
         )
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), updates, state.mu)
-        mu_scale = debias(b1, average.count)
+        mu_scale, direction = debias(b1, average.count), mu
+        if nesterov:
+            later = debias(b1, optax.safe_increment(average.count)) / mu_scale
+            direction = jax.tree.map(
+                lambda g, m: ema(b1, g, m * later.astype(m.dtype)), updates, mu
+            )
         kind = state.curvature, curvature_average.fingerprint
         mu_scale *= nan_if_unfit(*kind, extra_args.get("curvature"))
 
@@ -157,8 +172,7 @@ def divide_by(
             return rotate(step, q, back=True).astype(g.dtype)
 
         leaves, treedef = jax.tree.flatten(updates)
-        others = map(jax.tree.leaves, (params, mu, average.nu))
-        bases = find_bases(average.estimator_state, len(leaves))
+        others = map(jax.tree.leaves, (params, direction, nu))
         steps = [rescale(*x) for x in zip(leaves, *others, bases, strict=True)]
         mu = jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), mu, state.mu)
         return jax.tree.unflatten(treedef, steps), ScaleByAdaHessianState(mu, average)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
 from adahessian_jax._src.axes import AxisName, sum_over_axis
-from adahessian_jax._src.derivatives import split_differentiable
+from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import accumulation_dtype, wide
 from adahessian_jax._src.linearized import push_forward
 from adahessian_jax._src.loss import Loss, check_loss, masked
@@ -20,20 +20,22 @@ from adahessian_jax._src.moving_average import as_dtype, ema
 
 
 class ScaleByQuadraticModelState(NamedTuple):
-    """State of the transformation by a quadratic model; all arrays of shape ().
+    """State of the transformation by a quadratic model, of n = 1 or 2 directions.
 
     Attributes:
-      slope: moving average of the loss's slope along the updates.
-      curvature: moving average of its Gauss-Newton curvature along them.
-      learning_rate: by what the last updates were multiplied.
+      slope: moving average of the loss's slopes along the directions, shape (n,).
+      curvature: moving average of its Gauss-Newton matrix between them, (n, n).
+      learning_rate: by what the last updates were multiplied, shape ().
       sign: of the first slope: 1 for updates of the gradient's sign, -1 for those that
-        were turned, 0 before there is a slope.
+        were turned, 0 before there is a slope, shape ().
+      previous: the last step before a later learning rate, None without momentum.
     """
 
     slope: Array
     curvature: Array
     learning_rate: Array
     sign: Array
+    previous: optax.Updates | None
 
 
 def scale_by_quadratic_model(
@@ -41,6 +43,7 @@ def scale_by_quadratic_model(
     fraction: ArrayLike = 0.7,
     *,
     decay: ArrayLike = 0.9,
+    momentum: bool = False,
     max_learning_rate: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -65,15 +68,22 @@ def scale_by_quadratic_model(
     scale of the loss or of the incoming updates. A learning rate that follows in the
     chain is relative to this one: 1, or a schedule that peaks at 1.
 
+    With ``momentum`` the model is of two directions, the update and the last step
+    :math:`d`, and its minimum in both gives rate and momentum: on a quadratic function,
+    the steps of preconditioned conjugate gradients. This is for the loss of all data,
+    with ``fraction=1, decay=0`` and updates without a momentum of their own.
+
     The curvature along a vector takes one product of the Jacobian with it, two thirds
     of the operations of a gradient that shares the forward pass, or a part of them by a
-    ``predict_fn`` of that part of the batch; no matrix is formed.
+    ``predict_fn`` of that part of the batch, and twice that with momentum; no matrix is
+    formed.
 
     Args:
       loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
       fraction: how far to go towards the minimum of the model, above 0. Beyond 2 the
         model says that the loss rises.
       decay: decay rate of both averages, in [0, 1).
+      momentum: whether to go along the last step, too.
       max_learning_rate: above 0, or None for no maximum but the model's.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. ``grad`` and the updates must be those of the whole batch already.
@@ -118,15 +128,20 @@ def scale_by_quadratic_model(
     check_loss(loss)
     checks.check_float("fraction", fraction, 0.0, exclusive=True)
     checks.check_float("decay", decay, 0.0, 1.0)
+    checks.check_flag("momentum", momentum)
     if max_learning_rate is not None:
         checks.check_float("max_learning_rate", max_learning_rate, 0.0, exclusive=True)
     checks.check_axis_name(axis_name)
+    n = 2 if momentum else 1
 
     def init_fn(params: optax.Params) -> ScaleByQuadraticModelState:
         checks.check_real("params", params)
         dtype = accumulation_dtype(*jax.tree.leaves(params))
+        slope, curvature = jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)
         # An array each: a buffer can be donated once.
-        return ScaleByQuadraticModelState(*(jnp.zeros((), dtype) for _ in range(4)))
+        rate, sign = (jnp.zeros((), dtype) for _ in range(2))
+        previous = jax.tree.map(jnp.zeros_like, params) if momentum else None
+        return ScaleByQuadraticModelState(slope, curvature, rate, sign, previous)
 
     def update_fn(
         updates: Any,
@@ -148,37 +163,86 @@ def scale_by_quadratic_model(
         checks.check_like("grad", grad, params)
         checks.check_like("updates", updates, params)
         grads, tangents = (split_differentiable(t, params)[0] for t in (grad, updates))
-        slope = sum(
-            (jnp.vdot(wide(g), wide(u)) for g, u in zip(grads, tangents, strict=True)),
-            start=jnp.zeros((), accumulation_dtype(*jax.tree.leaves(params))),
+        directions = [tangents]
+        checks.require(
+            jnp.shape(state.slope) == (n,),
+            ValueError,
+            "momentum",
+            "that of the optimizer that made the state, or the state new by tx.init",
+            momentum,
         )
-        outputs, where, tangent = push_forward(predict_fn, params, tangents, axis_name)
-        curvature = curvature_of(outputs, where, tangent, labels)
-        state = averaged(state, slope, curvature)
-        floats, rebuild = split_differentiable(updates)
-        scaled = [(wide(u) * state.learning_rate).astype(u.dtype) for u in floats]
-        return rebuild(scaled), state
+        if momentum:
+            checks.check_like("state.previous", state.previous, params)
+            directions.append(split_differentiable(state.previous, params)[0])
+        zero = jnp.zeros((), accumulation_dtype(*jax.tree.leaves(params)))
+        slope = jnp.stack([dot(grads, d, start=zero) for d in directions])
+        pushed = [push_forward(predict_fn, params, d, axis_name) for d in directions]
+        outputs, where, _ = pushed[0]
+        curvature = curvature_of(outputs, where, [x[-1] for x in pushed], labels)
+        state, along = fitted(state, slope, curvature)
+        _, rebuild = split_differentiable(updates, params)
+        steps = [
+            sum(wide(x) * a for x, a in zip(xs, along, strict=True)).astype(xs[0].dtype)
+            for xs in zip(*directions, strict=True)
+        ]
+        scaled = rebuild(steps)
+        return scaled, state._replace(previous=scaled if momentum else None)
 
-    def curvature_of(outputs: Array, where: Any, tangent: Array, labels: Any) -> Array:
+    def curvature_of(
+        outputs: Array, where: Any, tangents: list[Array], labels: Any
+    ) -> Array:
         weights = loss.row_weights(outputs, where, axis_name)
-        outputs, tangent = (masked(wide(x), weights) for x in (outputs, tangent))
-        product = loss.product(outputs, tangent, loss.curvature_labels(labels))
-        return sum_over_axis(jnp.sum(tangent * product * weights), axis_name)
+        outputs, *tangents = (masked(wide(x), weights) for x in (outputs, *tangents))
+        labels = loss.curvature_labels(labels)
+        products = [loss.product(outputs, t, labels) * weights for t in tangents]
+        entries = [[jnp.sum(t * p) for p in products] for t in tangents]
+        return sum_over_axis(jnp.stack(list(map(jnp.stack, entries))), axis_name)
 
-    def averaged(state: Any, slope: Array, curvature: Array) -> Any:
+    def fitted(state: Any, slope: Array, curvature: Array) -> tuple[Any, Array]:
+        """Return the model moved on, and how far to go along each direction."""
         dtype = state.slope.dtype
-        finite = jnp.isfinite(slope) & jnp.isfinite(curvature)
+        finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(curvature))
         # Bias correction would cancel in the ratio.
         slope, curvature = (
             jnp.where(finite, ema(decay, new.astype(dtype), old), old)
             for new, old in ((slope, state.slope), (curvature, state.curvature))
         )
-        sign = jnp.where(state.sign == 0, jnp.sign(slope), state.sign)
-        seen = curvature > 0
-        ratio = jnp.maximum(sign * slope, 0) / jnp.where(seen, curvature, 1)
-        rate = jnp.where(seen, as_dtype(fraction, dtype) * ratio, 0)
+        sign = jnp.where(state.sign == 0, jnp.sign(slope[0]), state.sign)
+        seen = curvature[0, 0] > 0
+        ratio = jnp.maximum(sign * slope[0], 0) / jnp.where(seen, curvature[0, 0], 1)
+        along = [ratio, *[jnp.zeros_like(ratio)] * (n - 1)]
+        if momentum:
+            along = minimum_of_two(sign * slope, curvature, along)
+        rates = [jnp.where(seen, as_dtype(fraction, dtype) * x, 0) for x in along]
         if max_learning_rate is not None:
-            rate = jnp.minimum(rate, as_dtype(max_learning_rate, dtype))
-        return ScaleByQuadraticModelState(slope, curvature, rate, sign)
+            rates[0] = jnp.minimum(rates[0], as_dtype(max_learning_rate, dtype))
+        state = state._replace(
+            slope=slope, curvature=curvature, learning_rate=rates[0], sign=sign
+        )
+        return state, jnp.stack(rates)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def dot(a: Floats, b: Floats, *, start: Array) -> Array:
+    """Return the inner product of two lists of arrays, in float32 or wider."""
+    pairs = zip(a, b, strict=True)
+    return sum((jnp.vdot(wide(x), wide(y)) for x, y in pairs), start=start)
+
+
+def minimum_of_two(slope: Array, curvature: Array, alone: list[Array]) -> list[Array]:
+    """Return where a quadratic model of two directions has its minimum.
+
+    It is that of the first alone where the second says nothing new.
+    """
+    tiny = float(jnp.finfo(curvature.dtype).eps) ** 0.5
+    a, b, c = (
+        curvature[0, 0] * (1 + tiny),
+        curvature[0, 1],
+        curvature[1, 1] * (1 + tiny),
+    )
+    determinant = a * c - b * b
+    both = (a > 0) & (c > 0) & (determinant > tiny * a * c)
+    divisor = jnp.where(both, determinant, 1)
+    pair = c * slope[0] - b * slope[1], a * slope[1] - b * slope[0]
+    return [jnp.where(both, x / divisor, y) for x, y in zip(pair, alone, strict=True)]

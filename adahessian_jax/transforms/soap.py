@@ -14,6 +14,7 @@ from adahessian_jax._src.axes import gathered
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import PRECISION, rotate
+from adahessian_jax._src.turning import averaged
 from adahessian_jax._src.xla import cond
 
 Grams = tuple[Array | None, ...]
@@ -87,11 +88,11 @@ def scale_by_soap(
 
     Examples:
       >>> import jax, optax, jax.numpy as jnp
-      >>> import adahessian_jax as ah
+      >>> from adahessian_jax.transforms.soap import scale_by_soap
       >>> h = jnp.array([[2.0, 1.9], [1.9, 2.0]])
       >>> w = jnp.array([[1.0, 2.0], [3.0, -1.0]])
       >>> def loss(w): return jnp.sum(w * (h @ w))
-      >>> tx = optax.chain(ah.scale_by_soap(), optax.scale(-0.05))
+      >>> tx = optax.chain(scale_by_soap(), optax.scale(-0.05))
       >>> state = tx.init(w)
       >>> for _ in range(100):
       ...   updates, state = tx.update(jax.grad(loss)(w), state, w)
@@ -160,9 +161,8 @@ def scale_by_soap(
         rescaled = [rescale(*x) for x in each]
         steps, mu, nu = (tuple(x[i] for x in rescaled) for i in range(3))
         pairs = zip(leaves, state.grams, strict=True)
-        grams = tuple(
-            _moved(g, old, b2 if decay is None else decay) for g, old in pairs
-        )
+        memory = b2 if decay is None else decay
+        grams = tuple(averaged(memory, g, old, old) for g, old in pairs)
 
         def start(nu_and_bases: Any) -> Any:
             return nu_and_bases[0], jax.tree.map(_eigenvectors, grams)
@@ -180,23 +180,6 @@ def scale_by_soap(
         return steps, ScaleBySoapState(count, mu, nu, grams, bases)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _moved(g: Array, grams: Grams, decay: Any) -> Grams:
-    """Average in a gradient's covariance along each axis, if that is finite."""
-    if all(gram is None for gram in grams):
-        return grams
-    g, _ = gathered(g)
-
-    def one(axis: int, gram: Any) -> Array | None:
-        if gram is None:
-            return None
-        others = [a for a in range(g.ndim) if a != axis]
-        wide = g.astype(gram.dtype)
-        fresh = jnp.tensordot(wide, wide, (others, others), precision=PRECISION)
-        return jnp.where(jnp.all(jnp.isfinite(fresh)), ema(decay, fresh, gram), gram)
-
-    return tuple(map(one, range(g.ndim), grams))
 
 
 def _eigenvectors(gram: Array) -> Array:

@@ -111,12 +111,12 @@ def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("--only", "Muon", "--first-seed", "5")
     assert "first_seed is 0 there and 5 here" in capsys.readouterr().err
-    third = run("--only", "SGD", "eigenbasis, own rate", "--rate", "0.005")
+    third = run("--only", "SGD", OWN_RATE, "--rate", "0.005")
     assert third["SGD"]["rate"] == 0.005
-    assert list(third["eigenbasis, own rate"]["search"]) == ["1"]
+    assert list(third[OWN_RATE]["search"]) == ["1"]
     assert third["AdamW"]["search"] == first["AdamW"]["search"]
     assert not list(tmp_path.glob("*_rates.png"))
-    wide = run("--only", "SGD", "eigenbasis, own rate", "--reach", "2")["AdamW"]
+    wide = run("--only", "SGD", OWN_RATE, "--reach", "2")["AdamW"]
     assert len(wide["search"]) > len(first["AdamW"]["search"])
     assert (tmp_path / "quadratic_rates.png").stat().st_size > 10_000
     for only, expected in (("Muon", wide), ("AdamW", first["AdamW"])):
@@ -146,17 +146,11 @@ def test_committed_table_is_that_of_the_committed_result(path):
     assert report.table(result) == path.with_suffix(".md").read_text(encoding="utf-8")
 
 
-NEWTON, OWN_RATE = "Gauss-Newton in eigenbasis", "eigenbasis, own rate"
+NEWTON, OWN_RATE = "newton", "newton, own rate"
+OURS = (NEWTON, "soap", OWN_RATE, "newton, own rate and momentum")
+SOAPS = ("SOAP", "SOAP, 0.9 and 0.99")
 ORDER = ["cnn", "resnet8", "transformer", "autoencoder", "poisson", "burgers"]
 ORDER += ["diamonds"]
-BATCHES = [("autoencoder", 32), ("autoencoder", 512), ("diamonds", 32)]
-BATCHES += [("diamonds", 2048)]
-DEPTHS = [("transformer", 2), ("autoencoder", 2), ("autoencoder", 4)]
-DEPTHS += [("diamonds", 2), ("diamonds", 4)]
-CHANGED = {f"{task}, batches of {n}": f"batch_{n}/{task}" for task, n in BATCHES}
-CHANGED |= {f"{task}, depth {n}": f"depth_{n}/{task}" for task, n in DEPTHS}
-FAST_POOLS = {"seeds 0 to 4": "fast_pools/cnn"}
-FAST_POOLS |= {"seeds 200 to 204": "fast_pools_fresh/cnn"}
 DELAYED = {f"AdaHessian, {x}": f"{x}, delayed" for x in ("paper", "davda54")}
 DELAYED |= {"Zack-Dugue, eps=0.01": "Zack-Dugue, eps=0.01, delayed"}
 
@@ -168,23 +162,13 @@ def tables():
         task: {"contenders": results[task]["contenders"] | found["contenders"]}
         for task, found in read({task: f"safe/{task}" for task in ORDER[:4]}).items()
     }
-    limited = {task: r for task, r in results.items() if task != "resnet8"}
-    fresh = read({task: f"fresh/{task}" for task in ORDER})
-    groups = {"tasks": results, "fresh": fresh, "changed": read(CHANGED)}
-    made = {
-        f"{name}: {which}": report.of_one(group, name)
-        for name in (NEWTON, OWN_RATE)
-        for which, group in groups.items()
-    }
-    for task in ("autoencoder", "diamonds", "transformer"):
-        (variants,) = read({task: f"variants/{task}"}).values()
-        made[f"variants of {task}"] = report.beside(variants, NEWTON)
-    for name in ("SOAP", "SOAP, 0.9 and 0.99"):
+    made = {}
+    for name in OURS + SOAPS:
         known = {task: r for task, r in results.items() if name in r["contenders"]}
         made[name] = report.of_one(known, name)
+    (variants,) = read({"autoencoder": "variants/autoencoder"}).values()
+    made["variants"] = report.beside(variants, NEWTON)
     return made | {
-        "limited": report.of_one(limited, "eigenbasis, limited rate"),
-        "fast pools": report.of_one(read(FAST_POOLS), OWN_RATE),
         "all": report.across_tasks(
             results, lambda r, name: report.to_adamw(r, name, "equal time")
         ),

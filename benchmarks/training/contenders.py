@@ -48,8 +48,8 @@ class Contender(NamedTuple):
       update_interval: how often the curvature is estimated,
       initial_refreshes: and on how many first steps.
       own_rate: whether it finds the length of its steps itself: no rate is searched.
-      line_search: whether it does so by a line search, which takes a batch that never
-        changes.
+      line_search: whether it does so by a line search.
+      whole_batch: whether it takes a batch that never changes, as line searches do.
     """
 
     make: Make
@@ -60,10 +60,11 @@ class Contender(NamedTuple):
     initial_refreshes: int = 0
     own_rate: bool = False
     line_search: bool = False
+    whole_batch: bool = False
 
     def suits(self, task: Task) -> bool:
         """Whether it can be run on a task."""
-        return task.batch_size is None or not self.line_search
+        return task.batch_size is None or not (self.line_search or self.whole_batch)
 
     def is_due(self, step: Any) -> Any:
         """Whether update number ``step``, from 0, is one with an estimate."""
@@ -135,7 +136,7 @@ def clipped(learning_rate: Any, tx: optax.GradientTransformation) -> Any:
     )
 
 
-def soap(betas: tuple[float, float]) -> Contender:
+def published_soap(betas: tuple[float, float]) -> Contender:
     """Return SOAP, which turns axes by gradients, with its decay rates."""
     options = {"betas": betas, "weight_decay": WEIGHT_DECAY}
     return Contender(plain(lambda lr: ah.published.soap(lr, **options)))
@@ -147,7 +148,7 @@ CURVED = {"b2": 0.9, "hessian_ema": "mean", "clip_threshold": 0.1, **SCHEDULE}
 
 
 def newton(**options: Any) -> Contender:
-    """Return Gauss-Newton in its eigenbasis, as recommended but for the options."""
+    """Return ``ah.newton`` as recommended, but for the options."""
     schedule = SCHEDULE | {k: v for k, v in options.items() if k in SCHEDULE}
     return Contender(
         lambda learning_rate, task, key: ah.newton(
@@ -159,20 +160,36 @@ def newton(**options: Any) -> Contender:
     )
 
 
-def by_quadratic_model(*, limited: bool = False, **options: Any) -> Make:
-    """Let a quadratic model choose the rate, up to that of the search or to any."""
+def own_rate(*, whole: bool = False, **options: Any) -> Contender:
+    """Return ``ah.newton`` at its own rate: AdamW's decay at a hundred times its rate.
 
-    def make(learning_rate: Any, task: Task, key: jax.Array) -> Any:
-        limit = {"max_learning_rate": learning_rate.peak} if limited else {}
-        estimator = ah.in_eigenbasis(gauss_newton(task, key))
-        return optax.chain(
-            ah.scale_by_adahessian(estimator=estimator, **CURVED),
-            optax.add_decayed_weights(WEIGHT_DECAY),
-            ah.scale_by_quadratic_model(task.loss, **limit, **options),
-            optax.scale_by_learning_rate(learning_rate._replace(peak=1.0)),
-        )
+    With its own momentum, too, if the batch is ``whole`` and never changes.
+    """
+    schedule = SCHEDULE | {k: v for k, v in options.items() if k in SCHEDULE}
+    if whole:
+        options |= {"b1": None}
+    return Contender(
+        lambda learning_rate, task, key: ah.newton(
+            None,
+            task.loss,
+            schedule=learning_rate._replace(peak=1.0),
+            weight_decay=WEIGHT_DECAY / 100,
+            seed=key,
+            **options,
+        ),
+        1.0,
+        "outputs",
+        **schedule,
+        own_rate=True,
+        whole_batch=whole,
+    )
 
-    return make
+
+def soap(**options: Any) -> Contender:
+    """Return ``ah.soap``, but for the options."""
+    return Contender(
+        plain(lambda lr: ah.soap(lr, weight_decay=WEIGHT_DECAY, **options))
+    )
 
 
 def delayed(make: Make, estimator: MakeEstimator, start: float = 0.3) -> Contender:
@@ -195,8 +212,8 @@ CONTENDERS: dict[str, Contender] = {
     "Muon": Contender(
         plain(lambda lr: optax.contrib.muon(lr, weight_decay=WEIGHT_DECAY))
     ),
-    "SOAP": soap((0.95, 0.95)),
-    "SOAP, 0.9 and 0.99": soap((0.9, 0.99)),
+    "SOAP": published_soap((0.95, 0.95)),
+    "SOAP, 0.9 and 0.99": published_soap((0.9, 0.99)),
     "L-BFGS": Contender(
         plain(lambda lr: optax.lbfgs(memory_size=20)), own_rate=True, line_search=True
     ),
@@ -215,21 +232,10 @@ CONTENDERS: dict[str, Contender] = {
         gauss_newton,
         0.03,
     ),
-    "Gauss-Newton in eigenbasis": newton(),
-    "eigenbasis, limited rate": Contender(
-        by_quadratic_model(limited=True), 0.1, "outputs", **SCHEDULE
+    "newton": newton(),
+    "newton, own rate": own_rate(),
+    "newton, own rate and momentum": own_rate(
+        whole=True, update_interval=10, clip_threshold=0.1
     ),
-    "eigenbasis, own rate": Contender(
-        lambda learning_rate, task, key: ah.newton(
-            None,
-            task.loss,
-            schedule=learning_rate._replace(peak=1.0),
-            weight_decay=WEIGHT_DECAY,
-            seed=key,
-        ),
-        1.0,
-        "outputs",
-        **SCHEDULE,
-        own_rate=True,
-    ),
+    "soap": soap(),
 }

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases that follow the eigenvectors of moving averages, and averages that follow."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from adahessian_jax._src.axes import gathered
+from adahessian_jax._src.dtypes import accumulation_dtype, never_estimated, no_estimate
+from adahessian_jax._src.moving_average import ema
+from adahessian_jax._src.orthogonal import (
+    PRECISION,
+    Bases,
+    Orthogonal,
+    Reflectors,
+    first_columns,
+    layers_ndim,
+    multiply_along,
+    orthogonal_from_columns,
+)
+from adahessian_jax._src.stacks import over_layers
+
+Traces = tuple[Array | None, ...]  # one for each axis
+
+
+def first_basis(n: int, max_dim: int, n_vectors: int, dtype: Any) -> Orthogonal | None:
+    """Return the basis to begin with for an axis of size n, None to leave it alone."""
+    if 1 < n <= max(max_dim, n_vectors):
+        return jnp.eye(n, dtype=dtype)
+    if n <= max_dim or n_vectors == 0:
+        return None
+    # Cosines: unlike an entry's own axis, none is without curvature where pixels at
+    # the edge of every image are black, and would stay so.
+    i, j = jnp.arange(n, dtype=dtype), jnp.arange(n_vectors, dtype=dtype)
+    return orthogonal_from_columns(jnp.cos(jnp.pi / n * (i[:, None] + 0.5) * j))
+
+
+def first_traces(bases: Any) -> Any:
+    """Return zeros for the partial traces, or their products with leading vectors."""
+    return jax.tree.map(
+        lambda q: jnp.zeros_like(q.right if _is_leading(q) else q),
+        bases,
+        is_leaf=_is_leading,
+    )
+
+
+def averaged(decay: ArrayLike, x: Array, traces: Traces, bases: Bases) -> Traces:
+    """Average in a tensor's product with itself over all axes but each, if finite."""
+    if all(trace is None for trace in traces):
+        return traces
+    x, _ = gathered(x)
+
+    def of_layer(x: Array, traces: Traces, bases: Bases) -> Traces:
+        return tuple(map(one, range(x.ndim), [x] * x.ndim, traces, bases))
+
+    def one(axis: int, x: Array, trace: Any, q: Any) -> Array | None:
+        if trace is None:
+            return None
+        x = x.astype(trace.dtype)
+        others = [a for a in range(x.ndim) if a != axis]
+        if _is_leading(q):
+            columns = first_columns(q)
+            seen = jnp.tensordot(x, columns, (axis, 0), precision=PRECISION)
+            over = others, list(range(x.ndim - 1))
+            new = jnp.tensordot(x, seen, over, precision=PRECISION)
+        else:
+            new = jnp.tensordot(x, x, (others, others), precision=PRECISION)
+        return jnp.where(jnp.all(jnp.isfinite(new)), ema(decay, new, trace), trace)
+
+    n = layers_ndim(bases)
+    rest = over_layers(of_layer, n)(x, traces[n:], bases[n:])
+    return (*[None] * n, *rest)
+
+
+def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
+    """Turn bases towards the eigenvectors, by one step of orthogonal iteration.
+
+    Those of one size are turned together, whatever tensor they belong to.
+    """
+    flat, treedef = jax.tree.flatten(traces)
+    old, basis_def = jax.tree.flatten(bases, is_leaf=_is_leading)
+    new: list[Any] = [None] * len(flat)
+    groups: dict[Any, list[int]] = {}
+    for i, trace in enumerate(flat):
+        groups.setdefault((trace.shape[-2:], trace.dtype), []).append(i)
+    for group in groups.values():
+        members = [(flat[i], old[i]) for i in group]
+        together = jax.tree.map(
+            lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in xs]),
+            *members,
+        )
+        done = jax.vmap(_turned)(*together)
+        sizes = [flat[i].size // (flat[i].shape[-1] * flat[i].shape[-2]) for i in group]
+        ends = list(itertools.accumulate(sizes))
+        for i, end, size in zip(group, ends, sizes, strict=True):
+            part = jax.tree.map(lambda x, a=end - size, b=end: x[a:b], done)
+            new[i] = jax.tree.map(
+                lambda x, like: x.reshape(like.shape), part, (flat[i], old[i])
+            )
+    new_traces, new_bases = zip(*new, strict=True) if new else ((), ())
+    return treedef.unflatten(new_traces), basis_def.unflatten(new_bases)
+
+
+def _turned(trace: Array, q: Orthogonal) -> tuple[Array, Orthogonal]:
+    """Turn one basis, and with leading vectors the product that belongs to them."""
+    columns = first_columns(q)
+    leading = _is_leading(q)
+    product = trace if leading else jnp.dot(trace, columns, precision=PRECISION)
+    largest = jnp.max(jnp.abs(product))
+    relative = product / jnp.where(largest > 0, largest, 1)
+    # The second term keeps vectors without curvature where they are, well above the
+    # rounding errors of the first.
+    kept = float(jnp.finfo(product.dtype).eps) ** 0.5
+    new = orthogonal_from_columns(relative + kept * columns)
+    if leading:
+        # What the trace does outside of the vectors is forgotten, little by little.
+        overlap = jnp.dot(columns.T, first_columns(new), precision=PRECISION)
+        trace = jnp.dot(trace, overlap, precision=PRECISION)
+    return trace, new
+
+
+def carried(v: Array, old: Bases, new: Bases) -> Array:
+    """Take a diagonal from complete bases to new ones, where it stays one nearly.
+
+    That of Q^T diag(v) Q has the squares of Q's entries as weights. Entries that never
+    had an estimate have no weight.
+    """
+    complete = [q is not None and not _is_leading(q) for q in old]
+    if not any(complete):
+        return v
+    whole, cut = gathered(v)
+    n, dtype = layers_ndim(old), accumulation_dtype(v)
+
+    def of_layer(x: Array, old: Bases, new: Bases) -> Array:
+        for axis, is_complete in enumerate(complete[n:]):
+            if is_complete:
+                q: Any = jnp.dot(new[axis].T, old[axis], precision=PRECISION)
+                x = multiply_along(jnp.square(q), x, axis, transpose=False)
+        return x
+
+    take = over_layers(of_layer, n)
+    never = never_estimated(whole)
+    value = take(jnp.where(never, 0, whole).astype(dtype), old[n:], new[n:])
+    weight = take((~never).astype(dtype), old[n:], new[n:])
+    seen = weight > 0.5
+    value = value / jnp.where(seen, weight, 1)
+    return cut(jnp.where(seen, value.astype(v.dtype), no_estimate(v.dtype)))
+
+
+def _is_leading(q: Any) -> bool:
+    return isinstance(q, Reflectors)
