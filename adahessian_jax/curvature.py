@@ -192,7 +192,7 @@ def diagnostics(
       - ``"clipped_share"``, with updates and a threshold: their share that lies at it.
 
       With :func:`adahessian_jax.in_eigenbasis` all entries are those in the turned
-      axes.
+      axes; after an update that turned these, in the new ones.
 
     Raises:
       ValueError: if there is no such state, or a tree does not match its parameters.

@@ -170,9 +170,9 @@ def newton(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Clipped Newton steps in axes in which the curvature is nearly diagonal.
 
-    This is what the library recommends where the loss is one of a network's outputs:
-    :func:`adahessian_jax.adahessian` with the average of the Gauss-Newton diagonal in
-    its eigenbasis (:func:`adahessian_jax.in_eigenbasis`),
+    For a loss of a network's outputs: :func:`adahessian_jax.adahessian` with Nesterov
+    momentum and the average of the Gauss-Newton diagonal in axes that turn with the
+    gradients (:func:`adahessian_jax.in_eigenbasis`),
 
     .. math::
       w_t \leftarrow w_{t-1} - \alpha_t \left( Q_t \, \mathrm{clip}_c \big( Q_t^\top
@@ -181,28 +181,30 @@ def newton(
     where :math:`Q_t` turns each axis of a tensor, :math:`c` is ``clip_threshold``,
     :math:`\lambda` is ``weight_decay`` and :math:`\hat{m}_t, \hat{v}_t` are averages of
     gradient and curvature. With a rate of None it is found at each step, for two thirds
-    of a gradient more, by :func:`adahessian_jax.scale_by_quadratic_model`.
+    of a gradient more, by :func:`adahessian_jax.scale_by_quadratic_model`; with a
+    ``b1`` of None as well, the momentum, too: for the loss of all data at once.
 
     Args:
-      learning_rate: a number or a schedule; None for its own rate. Start at three times
-        a tuned AdamW's, at most at 0.1: over seven tasks the best rate was 1 to 3 times
-        AdamW's best, 3 times in the median.
+      learning_rate: a number or a schedule, at most 0.1; None for its own rate. Start
+        at a tuned AdamW's, and search from a third to three times that.
       loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
-      b1: decay rate of the average of the gradient, in [0, 1).
+      b1: decay rate of the average of the gradient, in [0, 1). None, with its own rate,
+        for its own momentum.
       b2: the same for the curvature: 0.9 averages 10 estimates, more are out of date.
       eps: added to the denominator, at least 0.
       clip_threshold: bound of an update's entries in the turned axes, above 0, before
-        decay and learning rate. 0.1 is the best of .03, .1 and .3 on three tasks.
-      update_interval: estimate, and turn, on every so many-th update: 20 costs a tenth
-        of a gradient a step, and 10 trains no better.
-      initial_refreshes: before that, on each of so many first ones: bases need a few.
-      schedule: with a learning rate of None, a factor on it by count, peaking at 1.
-      weight_decay: decoupled weight decay, at least 0.
+        decay and learning rate.
+      update_interval: estimate on every so many-th update, at least 1.
+      initial_refreshes: before that, estimate on each of so many first updates.
+      schedule: relative to its own rate, so that it peaks at 1.
+      weight_decay: decoupled weight decay, at least 0. Its own rate is about a hundred
+        times AdamW's: divide the decay by that.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
-      decay: of the averages that the axes are turned by, in [0, 1).
-      max_dim: axes of up to this size have a complete basis.
-      n_vectors: how many leading eigenvectors a longer axis has.
-      stacked: which axes are stacks of layers: :func:`adahessian_jax.in_eigenbasis`.
+      decay: and so on: of the axes, see :func:`adahessian_jax.in_eigenbasis`.
+      turn_interval: how often they turn.
+      max_dim: how long an axis with a complete basis may be.
+      n_vectors: how many leading vectors longer ones have.
+      stacked: which axes are stacks of layers.
       seed: an int or a PRNG key.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. Nothing is needed where arrays are sharded over a mesh.
@@ -217,8 +219,9 @@ def newton(
       learning rate of None ``predict_fn`` beside it, of a part of the batch at least.
 
     Raises:
-      ValueError: if an argument is out of range, or ``learning_rate`` and ``schedule``
-        are both given; at update, if ``params`` or ``predict_fn`` is missing or unfit.
+      ValueError: if an argument is out of range, or ``learning_rate`` is given with a
+        ``schedule`` or without ``b1``; at update, if ``params`` or ``predict_fn`` is
+        missing or unfit.
       TypeError: if an argument is of the wrong type, or a parameter is complex.
 
     Examples:

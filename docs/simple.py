@@ -98,7 +98,7 @@ def factor(predict_fn: Function, params: Params, signs: jax.Array) -> Params:
 
 
 def with_estimate(state: State, g: Params) -> State:
-    r"""George et al. (2018): average :math:`(Q^\top g)^2`, the diagonal in the bases."""
+    r"""George et al. (2018): average :math:`(Q^\top g)^2`, a diagonal in the bases."""
     pairs = {k: (state.nu[k], turn(x, state.bases[k])) for k, x in g.items()}
     nu = {k: B2 * v + (1 - B2) * x**2 for k, (v, x) in pairs.items()}
     return state._replace(estimates=state.estimates + 1, nu=nu)

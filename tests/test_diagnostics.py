@@ -45,10 +45,11 @@ def test_clipped_share():
     values = ah.diagnostics(state, updates=updates, clip_threshold=0.9)
     np.testing.assert_allclose(values["clipped_share"], 2 / 10)
     # In turned axes, where all entries are at the bound; not so in the parameters' own.
-    tx = ah.newton(1.0, ah.losses.squared_error, clip_threshold=1e-3)
+    options = {"clip_threshold": 1e-3, "turn_interval": 3}
+    tx = ah.newton(1.0, ah.losses.squared_error, **options)
     x, w = jax.random.normal(jax.random.key(0), (8, 3)), jnp.ones((3, 2))
     state = tx.init(w)
-    for _ in range(5):
+    for _ in range(5):  # turned after the first three
         args = {"predict_fn": lambda w: jnp.dot(x, w)}
         updates, state = tx.update(jnp.dot(x.T, x @ w), state, w, **args)
     values = ah.diagnostics(state, updates=updates, clip_threshold=1e-3)

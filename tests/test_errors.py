@@ -368,7 +368,8 @@ WRONG = [  # names, TypeError, ValueError
     ("learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
     ("clip_threshold fraction hessian_power max_learning_rate", NUMBERS, [0.0, -1.0]),
     ("chunk_size every max_dim max_precond_dim mc_iters microbatches n_samples"
-     " precondition_frequency rank size turn_interval update_each update_interval", [2.0, True], [0]),
+     " precondition_frequency rank size turn_interval update_each update_interval",
+     [2.0, True], [0]),
     ("event_ndim initial_refreshes n_vectors", [2.0, False], [-1]),
     ("axis", [1.0, None, True], []),
     ("abs_first average_conv_kernel has_aux momentum nesterov precondition_1d"

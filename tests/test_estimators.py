@@ -20,6 +20,7 @@ from adahessian_jax._src.orthogonal import (
     orthogonal_from_columns,
 )
 from adahessian_jax._src.probes import normal_like
+from adahessian_jax._src.turning import carried
 from tests.problems import all_signs, dense, dense_ggn, dense_hessian, mlp, quadratic
 
 RNG = np.random.default_rng(0)
@@ -542,3 +543,38 @@ def test_what_is_not_finite_does_not_stay_in_the_bases(axes_from):
     _, after = step(state, x.at[0, 0].set(jnp.inf))
     diag, _ = step(after, x)
     assert np.all(np.isfinite(diag))
+
+
+def test_bases_stay_orthogonal():
+    """After 100,000 turns in single precision, with and without curvature."""
+    estimator = ah.in_eigenbasis(ah.squared_gradient(), max_dim=5, n_vectors=3)
+    w = {"w": jnp.ones((5, 9)), "b": jnp.ones(4)}
+
+    def turn(i, state):
+        noise = ah.rademacher_like(jax.random.key(i), w)
+        grads = jax.tree.map(lambda z: z * jnp.arange(1.0, 1 + z.shape[-1]) ** 4, noise)
+        return estimator.update.observe(grads, state, w, 0)[-1]
+
+    state = jax.lax.fori_loop(0, 100_000, turn, estimator.init(w))
+    for q in (*state.bases[0], *state.bases[1]):
+        q = dense(q)
+        np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_averages_go_along_when_axes_turn():
+    """As the diagonal of the matrix that they are of, but for what was never seen."""
+    old, new = (
+        tuple(jnp.linalg.qr(RNG.normal(size=(n, n)))[0] for n in (3, 4))
+        for _ in range(2)
+    )
+    v = jnp.asarray(RNG.uniform(size=(3, 4)))
+    matrix = np.kron(*old) @ np.diag(v.ravel()) @ np.kron(*old).T
+    expected = np.diag(np.kron(*new).T @ matrix @ np.kron(*new))
+    np.testing.assert_allclose(carried(v, old, new).ravel(), expected, rtol=1e-12)
+    never = jnp.full_like(v, jnp.finfo(v.dtype).max)
+    np.testing.assert_array_equal(carried(never, old, new), never)
+    part = carried(v.at[0, 0].set(jnp.finfo(v.dtype).max), old, new)
+    known = part < 1e300
+    assert known.sum() > 6
+    assert np.all(part[known] <= v.max() * (1 + 1e-12))

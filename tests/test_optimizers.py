@@ -331,6 +331,89 @@ def test_newton_takes_another_gradient_and_one_rate():
         ah.newton(SOFTMAX, SOFTMAX)
 
 
+@pytest.mark.usefixtures("x64")
+@jax.numpy_dtype_promotion("standard")  # for optax
+def test_soap_in_axes_that_do_not_turn_is_nadam():
+    ours = ah.soap(RISING, max_dim=1, n_vectors=0, weight_decay=0.1)
+    theirs = optax.nadamw(RISING, 0.85, 0.95, weight_decay=0.1)
+    params, state, expected = W, ours.init(W), theirs.init(W)
+    for _ in range(5):
+        grads = jax.grad(objective)(params)
+        updates, state = ours.update(grads, state, params)
+        nadam, expected = theirs.update(grads, expected, params)
+        close(updates, nadam, rtol=1e-10)
+        params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.usefixtures("x64")
+@jax.numpy_dtype_promotion("standard")  # for optax
+def test_soap_does_not_see_in_what_axes_the_parameters_are():
+    """Once both have the same axes, from a number of steps on, as Adam does."""
+    rng = np.random.default_rng(3)
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (4, 3))
+    a, b = np.diag([1.0, 5, 20, 80]), np.diag([1.0, 3, 9])
+    target = rng.normal(size=(4, 3))
+
+    def loss(w):  # with eigenvectors along the axes
+        return jnp.sum((a @ (w - target) @ b) ** 2)
+
+    def train(loss, w, tx):
+        def step(carry, _):
+            w, state = carry
+            updates, state = tx.update(jax.grad(loss)(w), state, w)
+            return (w + updates, state), loss(w)
+
+        return jax.lax.scan(step, (w, tx.init(w)), length=150)[1]
+
+    turned = lambda w: loss(left.T @ w @ right)  # noqa: E731
+    tx, adam = ah.soap(0.03), optax.nadamw(0.03, 0.85, 0.95, weight_decay=0.0)
+    start = jnp.zeros((4, 3))
+    straight = train(loss, start, adam)[-1]
+    assert train(turned, start, adam)[-1] > 30 * straight
+    assert train(turned, start, tx)[-1] < 3 * straight
+
+
+SHAPES = [(), (1,), (3,), (1, 1), (0, 3), (2, 0), (9, 2), (2, 3, 2), (2, 1, 2, 3, 2)]
+
+
+@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.parametrize("name", ["soap", "newton", "own rate", "momentum"])
+@jax.numpy_dtype_promotion("standard")  # for optax, and integers
+def test_turned_leaves_of_all_shapes(name, nan):
+    """Also of integers, and none is turned by a gradient that is not finite."""
+    params = start = [jnp.ones(s) for s in SHAPES] + [jnp.arange(2), optax.MaskedNode()]
+    axes = {"max_dim": 4, "n_vectors": 3}
+    tx = {
+        "soap": lambda: ah.soap(0.1, **axes),
+        "newton": lambda: ah.newton(0.1, SQUARES, **axes),
+        "own rate": lambda: ah.newton(None, SQUARES, **axes),
+        "momentum": lambda: ah.newton(None, SQUARES, b1=None, **axes),
+    }[name]()
+
+    def predict_fn(params):
+        floats = jax.tree.leaves(params)[:-1]
+        return jnp.concatenate([jnp.ravel(x) + i for i, x in enumerate(floats)])[None]
+
+    def grads_of(params):
+        floats, ints = params[:-2], params[-2:]
+        f = lambda x: jnp.sum(predict_fn([*x, *ints]) ** 2)  # noqa: E731
+        return [*jax.grad(f)(floats), jnp.zeros_like(ints[0]), ints[1]]
+
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p, predict_fn=predict_fn))
+    state = tx.init(params)
+    for t in range(4):
+        grads = grads_of(params)
+        if nan and t == 1:
+            _, state = step(jax.tree.map(lambda x: x * jnp.nan, grads), state, params)
+            bases = jax.tree.leaves(state[0].curvature.estimator_state)
+            assert all(bool(jnp.all(jnp.isfinite(x))) for x in bases)
+            return
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(params))
+    assert jnp.sum(predict_fn(params) ** 2) < jnp.sum(predict_fn(start) ** 2)
+
+
 # The quadratic model ----------------------------------------------------------------
 
 
@@ -373,11 +456,7 @@ def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign, momentum):
         assert (state.sign, np.sign(state.slope[0])) == (sign, sign)
         expected = along[0] * flat(u) + along[1] * last
         np.testing.assert_allclose(flat(got), expected, rtol=1e-6, atol=1e-8)
-        if t != 2:
-            last = flat(got)
-        else:  # as optax.apply_if_finite does
-            state = before
-        before = state
+        last = last if t == 2 else flat(got)
 
 
 @pytest.mark.usefixtures("x64")

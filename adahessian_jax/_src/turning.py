@@ -81,8 +81,8 @@ def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
 
     Those of one size are turned together, whatever tensor they belong to.
     """
-    flat, treedef = jax.tree.flatten(traces)
-    old, basis_def = jax.tree.flatten(bases, is_leaf=_is_leading)
+    flat, of_traces = jax.tree.flatten(traces)
+    old, of_bases = jax.tree.flatten(bases, is_leaf=_is_leading)
     new: list[Any] = [None] * len(flat)
     groups: dict[Any, list[int]] = {}
     for i, trace in enumerate(flat):
@@ -102,7 +102,8 @@ def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
                 lambda x, like: x.reshape(like.shape), part, (flat[i], old[i])
             )
     new_traces, new_bases = zip(*new, strict=True) if new else ((), ())
-    return treedef.unflatten(new_traces), basis_def.unflatten(new_bases)
+    unflatten = jax.tree.unflatten
+    return unflatten(of_traces, new_traces), unflatten(of_bases, new_bases)
 
 
 def _turned(trace: Array, q: Orthogonal) -> tuple[Array, Orthogonal]:
@@ -135,11 +136,11 @@ def carried(v: Array, old: Bases, new: Bases) -> Array:
     whole, cut = gathered(v)
     n, dtype = layers_ndim(old), accumulation_dtype(v)
 
-    def of_layer(x: Array, old: Bases, new: Bases) -> Array:
+    def of_layer(x: Array, old: Any, new: Any) -> Array:
         for axis, is_complete in enumerate(complete[n:]):
             if is_complete:
-                q: Any = jnp.dot(new[axis].T, old[axis], precision=PRECISION)
-                x = multiply_along(jnp.square(q), x, axis, transpose=False)
+                overlap = jnp.dot(new[axis].T, old[axis], precision=PRECISION)
+                x = multiply_along(jnp.square(overlap), x, axis, transpose=False)
         return x
 
     take = over_layers(of_layer, n)

@@ -59,10 +59,10 @@ def in_eigenbasis(
       R_t \leftarrow \rho R_{t-1} + (1 - \rho) g_t^\top g_t,
 
     where :math:`\rho` is ``decay``, by steps of orthogonal iteration, :math:`Q
-    \leftarrow \mathrm{qr}(L Q)`. Tensors of any order have such a partial trace for each
-    axis. For an axis longer than ``max_dim`` the basis follows the leading eigenvectors
-    and leaves the rest nearly as it is. Estimates are made in bases of earlier
-    gradients; when these turn, the average of curvature is taken along.
+    \leftarrow \mathrm{qr}(L Q)`. Tensors of any order have such a partial trace for
+    each axis. For an axis longer than ``max_dim`` the basis follows the leading
+    eigenvectors and leaves the rest nearly as it is. Estimates are made in bases of
+    earlier gradients; when these turn, the average of curvature is taken along.
 
     With :func:`adahessian_jax.gauss_newton` and one sample, or
     :func:`adahessian_jax.squared_gradient`, the estimate is the square of the turned
@@ -213,7 +213,7 @@ class _InEigenbasis(Estimator):
     def observe(
         self, updates: Any, state: EigenbasisState, nu: Any, count: Array
     ) -> tuple[tuple[Bases, ...], Any, EigenbasisState]:
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves = jax.tree.leaves(updates)
         if not leaves:
             return (), nu, state
         old = state.bases

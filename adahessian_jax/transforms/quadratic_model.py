@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The learning rate from a quadratic model of the loss along the updates."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -179,14 +180,19 @@ def scale_by_quadratic_model(
         pushed = [push_forward(predict_fn, params, d, axis_name) for d in directions]
         outputs, where, _ = pushed[0]
         curvature = curvature_of(outputs, where, [x[-1] for x in pushed], labels)
-        state, along = fitted(state, slope, curvature)
+        finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(curvature))
+        new, along = fitted(state, slope, curvature, finite)
+
+        def combined(*parts: Array) -> Array:
+            terms = [wide(x) * a for x, a in zip(parts, along, strict=True)]
+            return sum(terms[1:], start=terms[0]).astype(parts[0].dtype)
+
         _, rebuild = split_differentiable(updates, params)
-        steps = [
-            sum(wide(x) * a for x, a in zip(xs, along, strict=True)).astype(xs[0].dtype)
-            for xs in zip(*directions, strict=True)
-        ]
-        scaled = rebuild(steps)
-        return scaled, state._replace(previous=scaled if momentum else None)
+        scaled: Any = rebuild(list(map(combined, *directions)))
+        if momentum:  # a step that is not finite would stay
+            last = functools.partial(jnp.where, finite)
+            new = new._replace(previous=jax.tree.map(last, scaled, state.previous))
+        return scaled, new
 
     def curvature_of(
         outputs: Array, where: Any, tangents: list[Array], labels: Any
@@ -198,10 +204,11 @@ def scale_by_quadratic_model(
         entries = [[jnp.sum(t * p) for p in products] for t in tangents]
         return sum_over_axis(jnp.stack(list(map(jnp.stack, entries))), axis_name)
 
-    def fitted(state: Any, slope: Array, curvature: Array) -> tuple[Any, Array]:
+    def fitted(
+        state: Any, slope: Array, curvature: Array, finite: Array
+    ) -> tuple[Any, Array]:
         """Return the model moved on, and how far to go along each direction."""
         dtype = state.slope.dtype
-        finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(curvature))
         # Bias correction would cancel in the ratio.
         slope, curvature = (
             jnp.where(finite, ema(decay, new.astype(dtype), old), old)

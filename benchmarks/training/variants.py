@@ -23,7 +23,7 @@ NEWTON = {"b1": 0.85, "b2": 0.9, "clip_threshold": 0.3, "nesterov": True, **SCHE
 
 
 def _newton(*, axes: dict[str, Any] | None, **options: Any) -> Contender:
-    """Return the parts of ``ah.newton``, in axes of some kind or the parameters' own."""
+    """Return the parts of ``ah.newton``, in some axes or the parameters' own."""
 
     def make(learning_rate: Any, task: Task, key: jax.Array) -> Any:
         estimator = gauss_newton(task, key)
