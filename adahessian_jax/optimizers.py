@@ -185,8 +185,8 @@ def newton(
     ``b1`` of None as well, the momentum, too: for the loss of all data at once.
 
     Args:
-      learning_rate: a number or a schedule, at most 0.1; None for its own rate. Start
-        at a tuned AdamW's, and search from a third to three times that.
+      learning_rate: a number or a schedule; None for its own rate. Start at a tuned
+        AdamW's, and search up to three times that, at most 0.1.
       loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
       b1: decay rate of the average of the gradient, in [0, 1). None, with its own rate,
         for its own momentum.

@@ -64,7 +64,8 @@ def cost(network, kind, n_samples=1, refresh=None):
 
 
 # Operations beside a step of Adam, by each estimator and by newton, where it estimates
-# and between, as if its axes turned on every step; and memory, by Hutchinson's estimator.
+# and between, as if its axes turned on every step; and memory, by Hutchinson's
+# estimator.
 # fmt: off
 LIMITS = {
     "MLP": {"hutchinson": 2.50, "memory": 2.2, "gauss-newton": 1.70,

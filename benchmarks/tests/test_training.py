@@ -166,8 +166,6 @@ def tables():
     for name in OURS + SOAPS:
         known = {task: r for task, r in results.items() if name in r["contenders"]}
         made[name] = report.of_one(known, name)
-    (variants,) = read({"autoencoder": "variants/autoencoder"}).values()
-    made["variants"] = report.beside(variants, NEWTON)
     return made | {
         "all": report.across_tasks(
             results, lambda r, name: report.to_adamw(r, name, "equal time")

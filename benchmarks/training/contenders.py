@@ -142,9 +142,8 @@ def published_soap(betas: tuple[float, float]) -> Contender:
     return Contender(plain(lambda lr: ah.published.soap(lr, **options)))
 
 
-# The recommended setting, where it is not made by ``ah.newton``.
+# When ``ah.newton`` estimates.
 SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
-CURVED = {"b2": 0.9, "hessian_ema": "mean", "clip_threshold": 0.1, **SCHEDULE}
 
 
 def newton(**options: Any) -> Contender:

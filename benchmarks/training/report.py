@@ -182,20 +182,6 @@ def rate(result: Result, name: str) -> str:
     return f"{result['contenders'][name]['rate']:.2g}"
 
 
-def beside(result: Result, name: str) -> str:
-    """Lay out how the others differ from one contender at equal steps."""
-    found = result["contenders"]
-    rows = {
-        other: {
-            "rate": rate(result, other),
-            "difference, %": change(entry["equal steps"], found[name]["equal steps"]),
-        }
-        for other, entry in found.items()
-        if other != name
-    }
-    return markdown(pd.DataFrame.from_dict(rows, orient="index"))
-
-
 def of_delay(results: dict[str, Result], delayed: dict[str, str]) -> str:
     """Lay out by how much delayed estimates change the training loss, at equal steps.
 
