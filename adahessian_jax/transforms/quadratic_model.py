@@ -187,7 +187,7 @@ def scale_by_quadratic_model(
             terms = [wide(x) * a for x, a in zip(parts, along, strict=True)]
             return sum(terms[1:], start=terms[0]).astype(parts[0].dtype)
 
-        _, rebuild = split_differentiable(updates, params)
+        rebuild = split_differentiable(updates, params)[1]
         scaled: Any = rebuild(list(map(combined, *directions)))
         if momentum:  # a step that is not finite would stay
             last = functools.partial(jnp.where, finite)
