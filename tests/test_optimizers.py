@@ -347,8 +347,8 @@ def test_soap_in_axes_that_do_not_turn_is_nadam():
 
 @pytest.mark.usefixtures("x64")
 @jax.numpy_dtype_promotion("standard")  # for optax
-def test_soap_does_not_see_in_what_axes_the_parameters_are():
-    """Once both have the same axes, from a number of steps on, as Adam does."""
+def test_soap_finds_axes_that_adam_does_not_see():
+    """Turning the parameters costs Adam 30 times its loss, and soap half of that."""
     rng = np.random.default_rng(3)
     left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (4, 3))
     a, b = np.diag([1.0, 5, 20, 80]), np.diag([1.0, 3, 9])
@@ -369,8 +369,9 @@ def test_soap_does_not_see_in_what_axes_the_parameters_are():
     tx, adam = ah.soap(0.03), optax.nadamw(0.03, 0.85, 0.95, weight_decay=0.0)
     start = jnp.zeros((4, 3))
     straight = train(loss, start, adam)[-1]
-    assert train(turned, start, adam)[-1] > 30 * straight
-    assert train(turned, start, tx)[-1] < 3 * straight
+    lost = train(turned, start, adam)[-1]
+    assert lost > 30 * straight
+    assert train(turned, start, tx)[-1] < lost / 2
 
 
 SHAPES = [(), (1,), (3,), (1, 1), (0, 3), (2, 0), (9, 2), (2, 3, 2), (2, 1, 2, 3, 2)]
