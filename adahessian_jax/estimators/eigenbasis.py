@@ -68,7 +68,7 @@ def in_eigenbasis(
     :func:`adahessian_jax.squared_gradient`, the estimate is the square of the turned
     factor :math:`Q_L^\top g Q_R`: in the mean, the exact diagonal in that basis. Any
     other estimator, and optax's, is given the turned parameters and the function of
-    them.
+    them, in which they and the probes are rounded to the parameters' own dtype.
 
     Args:
       estimator: of the curvature.
