@@ -59,7 +59,7 @@ napoleon_numpy_docstring = False
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|flax|jax|nnx|optax|train_state|typing)\..*"),
     (r"py:.*", r"Any|Array(Like)?|Callable|DTypeLike|KeyPath|Mapping|Result"),
-    (r"py:.*", r"Bases|Grams|Traces"),
+    (r"py:.*", r"Bases|Traces"),
 ]
 # Names of the library's own that stand for other types.
 ALIASES = {

@@ -85,8 +85,9 @@ def make_estimator(name, axis_name=None, loss=LOSS):
 
 
 def make_optimizer(name, axis_name=None, estimator=None, **options):
-    if name == "newton":  # with its own learning rate
+    if name in ("newton", "momentum"):  # with its own learning rate
         options = {"update_interval": 2, "initial_refreshes": 1}
+        options |= {"b1": None} if name == "momentum" else {}
         return ah.newton(None, LOSS, axis_name=axis_name, **options)
     estimator = estimator or make_estimator(name, axis_name)
     options = {"update_interval": 2, "clip_threshold": 1.0} | options
@@ -95,7 +96,12 @@ def make_optimizer(name, axis_name=None, estimator=None, **options):
 
 def make_step(tx, name, path, axis_name=None):
     """Return a step for one device's part of the batch."""
-    wants_outputs = name in ("newton", "gauss-newton-control", *ESTIMATORS[3:])
+    wants_outputs = name in (
+        "newton",
+        "momentum",
+        "gauss-newton-control",
+        *ESTIMATORS[3:],
+    )
     function = loss_and_outputs if wants_outputs else loss_fn
     parts = 2 if path == PARTS else 1
     fused = ah.value_and_grad_with_curvature(function, tx, microbatches=parts)
@@ -145,7 +151,7 @@ def on_devices(step, mesh=None, **check):
     return jax.jit(shard_map(step, check_rep=False, **specs))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "momentum"])
 def test_pmap_and_shard_map_are_the_same(name, x64):
     """With its account of what varies and without; replicas have the same bits."""
     tx = make_optimizer(name, "data")
@@ -351,22 +357,28 @@ def test_jit_over_a_mesh(name, kind, path, sharded, x64):
     assert_close(got[0], expected)
 
 
-SOAP = ah.published.soap(0.02, precondition_frequency=2)
+SOAPS = {
+    "published": ah.published.soap(0.02, precondition_frequency=2),
+    "soap": ah.soap(0.02, turn_interval=2),
+    "leading": ah.soap(0.02, turn_interval=2, max_dim=4, n_vectors=3),
+}
 SQUARE = {"w": RNG.normal(size=(8, 8)), "b": np.zeros(8)}  # whose axes are unique
 
 
+@pytest.mark.parametrize("name", SOAPS)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
-def test_soap_on_devices(kind, x64):
+def test_soap_on_devices(kind, name, x64):
     """Parameters whole, or cut along either axis, end as on one device."""
+    soap = SOAPS[name]
     if kind == "Explicit" and not hasattr(jax, "set_mesh"):
         pytest.skip("this version of JAX has no explicit sharding")
 
     def step(params, state, x, y):
         grads = jax.tree.map(lambda p: jnp.sin(3 * p) + p, params)
-        updates, state = SOAP.update(grads, state, params)
+        updates, state = soap.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    start = SQUARE, SOAP.init(SQUARE)
+    start = SQUARE, soap.init(SQUARE)
     expected, _ = train(jax.jit(step), *start, X, Y, 6)
     if kind == "shard_map":
         got, _ = train(on_devices(step), *start, X, Y, 6)
@@ -376,7 +388,7 @@ def test_soap_on_devices(kind, x64):
         cut = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P())}
         params = jax.device_put(SQUARE, cut)
         batch = jax.device_put((X, Y), NamedSharding(mesh, P()))
-        got, _ = train(jax.jit(step), params, SOAP.init(params), *batch, 6)
+        got, _ = train(jax.jit(step), params, soap.init(params), *batch, 6)
         assert got["w"].sharding.is_equivalent_to(cut["w"], 2)
         assert_close(got, expected)
 

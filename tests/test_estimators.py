@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 import adahessian_jax as ah
 from adahessian_jax import losses
 from adahessian_jax._src import linearized
+from adahessian_jax._src.moving_average import CurvatureEMA
 from adahessian_jax._src.orthogonal import (
     Reflectors,
     first_columns,
@@ -543,6 +544,58 @@ def test_what_is_not_finite_does_not_stay_in_the_bases(axes_from):
     _, after = step(state, x.at[0, 0].set(jnp.inf))
     diag, _ = step(after, x)
     assert np.all(np.isfinite(diag))
+
+
+ANY = {
+    "hutchinson": ah.hutchinson(2),
+    "reverse": ah.hutchinson(mode="reverse-over-reverse"),
+    "low rank": ah.hutchinson(control_variate=ah.low_rank_control(2)),
+    "ema": ah.hutchinson(control_variate=ah.ema_control()),
+    "optax": optax.contrib.hutchinson_estimator_diag_hessian(),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", ANY)
+@jax.numpy_dtype_promotion("standard")  # for optax
+def test_any_estimator_is_exact_where_the_bases_make_the_hessian_diagonal(name):
+    """Whatever the signs, which see nothing but a diagonal there; not in other axes."""
+    q = np.linalg.qr(RNG.normal(size=(5, 5)))[0]
+    d = np.array([-1.0, 2, 3, 5, 40])
+    hessian, w = jnp.asarray(q @ np.diag(d) @ q.T), jnp.asarray(RNG.normal(size=5))
+    tx = ah.in_eigenbasis(ANY[name])
+    state = tx.init(w)._replace(bases=((jnp.asarray(q),),))
+    args = {"obj_fn": lambda w: w @ hessian @ w / 2}
+    if name == "ema":
+        args["curvature_ema"] = CurvatureEMA(jnp.ones(5), 0.9, jnp.asarray(3))
+    got, after = tx.update(hessian @ w, state, w, **args)
+    np.testing.assert_allclose(got, d, atol=1e-9)
+    *_, turned = tx.update.observe(hessian @ w, after, got, 0)
+    assert float(jnp.max(jnp.abs(turned.bases[0][0] - q))) > 1e-3
+
+
+@pytest.mark.usefixtures("x64")
+def test_several_samples_in_bases_are_the_mean_of_single_ones():
+    """Gauss-Newton with two signs, by the turned function, and by its factors."""
+    q = (
+        np.linalg.qr(RNG.normal(size=(3, 3)))[0],
+        np.linalg.qr(RNG.normal(size=(2, 2)))[0],
+    )
+    bases = (None,), tuple(map(jnp.asarray, q))
+    w = {"b": jnp.zeros(1), "w": jnp.asarray(RNG.normal(size=(3, 2)))}
+    x = jnp.asarray(RNG.normal(size=(4, 3)))
+    args = {"predict_fn": lambda p: jnp.tanh(x @ p["w"]) + p["b"]}
+    both = ah.in_eigenbasis(ah.gauss_newton(losses.l2_loss, n_samples=2))
+    state = both.init(w)._replace(bases=bases)
+    got, _ = both.update(w, state, w, **args)
+    keys = jax.random.split(jax.random.split(state.estimator_state.key)[1], 2)
+    outputs, pullback = jax.vjp(args["predict_fn"], w)
+    expected = []
+    for key in keys:
+        signs = ah.rademacher_like(key, outputs) / outputs.size**0.5
+        (g,) = pullback(signs)
+        expected.append(np.square(q[0].T @ g["w"] @ q[1]))
+    np.testing.assert_allclose(got["w"], np.mean(expected, axis=0), rtol=1e-9)
 
 
 def test_bases_stay_orthogonal():

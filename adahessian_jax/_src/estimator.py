@@ -51,11 +51,6 @@ class Estimator(abc.ABC):
         return None
 
     @property
-    def is_factor(self) -> bool:
-        """Whether this is such a factor itself."""
-        return False
-
-    @property
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         """The estimator as optax takes it."""
         return optax.GradientTransformationExtraArgs(self.init, self)
@@ -69,6 +64,7 @@ class Estimator(abc.ABC):
     ) -> tuple[optax.Updates, Any]:
         """Return the diagonal, in the dtypes of ``params``, and the new state."""
         check_params(params)
+        extra_args = {**extra_args, "updates": updates}
         *_, diag, state = self.value_and_grad(None, state, params, **extra_args)
         return map_floats(lambda d, p: d.astype(dtype_of(p)), diag, params), state
 

@@ -55,25 +55,28 @@ def averaged(decay: ArrayLike, x: Array, traces: Traces, bases: Bases) -> Traces
     x, _ = gathered(x)
 
     def of_layer(x: Array, traces: Traces, bases: Bases) -> Traces:
-        return tuple(map(one, range(x.ndim), [x] * x.ndim, traces, bases))
+        def one(axis: int, trace: Any, q: Any) -> Array | None:
+            if trace is None:
+                return None
+            new = _partial_trace(x.astype(trace.dtype), axis, q)
+            finite = jnp.all(jnp.isfinite(new))
+            return jnp.where(finite, ema(decay, new, trace), trace)
 
-    def one(axis: int, x: Array, trace: Any, q: Any) -> Array | None:
-        if trace is None:
-            return None
-        x = x.astype(trace.dtype)
-        others = [a for a in range(x.ndim) if a != axis]
-        if _is_leading(q):
-            columns = first_columns(q)
-            seen = jnp.tensordot(x, columns, (axis, 0), precision=PRECISION)
-            over = others, list(range(x.ndim - 1))
-            new = jnp.tensordot(x, seen, over, precision=PRECISION)
-        else:
-            new = jnp.tensordot(x, x, (others, others), precision=PRECISION)
-        return jnp.where(jnp.all(jnp.isfinite(new)), ema(decay, new, trace), trace)
+        return tuple(map(one, range(x.ndim), traces, bases))
 
     n = layers_ndim(bases)
     rest = over_layers(of_layer, n)(x, traces[n:], bases[n:])
     return (*[None] * n, *rest)
+
+
+def _partial_trace(x: Array, axis: int, q: Any) -> Array:
+    """Return a tensor's product with itself, times leading vectors if q has some."""
+    others = [a for a in range(x.ndim) if a != axis]
+    if not _is_leading(q):
+        return jnp.tensordot(x, x, (others, others), precision=PRECISION)
+    seen = jnp.tensordot(x, first_columns(q), (axis, 0), precision=PRECISION)
+    over = others, list(range(x.ndim - 1))
+    return jnp.tensordot(x, seen, over, precision=PRECISION)
 
 
 def turned(traces: Any, bases: Any) -> tuple[Any, Any]:

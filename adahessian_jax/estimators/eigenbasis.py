@@ -127,24 +127,30 @@ def in_eigenbasis(
     check_stacked(stacked)
     inner: Any = as_estimator(estimator)
     if isinstance(inner.update, Estimator):
-        inner = inner.update.factor or inner.update
-    squared = isinstance(inner, Estimator) and inner.is_factor
-    if axes_from == "factors" and not squared:
+        inner = inner.update
+    factor = getattr(inner, "factor", None)
+    if axes_from == "factors" and factor is None:
         raise ValueError(
             "estimator must be gauss_newton(loss) with n_samples=1 for"
             f" axes_from='factors': they are what it squares. Got {estimator!r}; or"
             " leave axes_from at 'gradients'."
         )
     options = axes_from, decay, turn_interval, max_dim, n_vectors, stacked
-    axis_name = getattr(inner, "axis_name", None)
-    return _InEigenbasis(axis_name, inner, *options).transformation
+    axis_name, squares = getattr(inner, "axis_name", None), factor is not None
+    return _InEigenbasis(axis_name, factor or inner, squares, *options).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _InEigenbasis(Estimator):
-    """The estimator with the arguments of :func:`in_eigenbasis`."""
+    """The estimator with the arguments of :func:`in_eigenbasis`.
+
+    Attributes:
+      inner: one of this library's, or any transformation.
+      squares: whether the estimate is the square of what ``inner`` returns.
+    """
 
     inner: Any
+    squares: bool
     axes_from: str
     decay: ArrayLike
     turn_interval: int | Array
@@ -176,7 +182,7 @@ class _InEigenbasis(Estimator):
         if not jax.tree.leaves(params):
             state = state._replace(bases=())
         turn = functools.partial(_each, rotate, bases=state.bases)
-        if isinstance(inner, Estimator) and inner.is_factor:
+        if self.squares:
             value, grads, factor, inner_state = inner.value_and_grad(
                 fun, inner_state, params, **extra_args
             )

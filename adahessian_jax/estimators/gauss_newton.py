@@ -124,10 +124,6 @@ class _GaussNewton(Estimator):
         single = self.n_samples == 1
         return dataclasses.replace(self, squared=False) if single else None
 
-    @property
-    def is_factor(self) -> bool:
-        return not self.squared
-
     def init(self, params: optax.Params) -> GaussNewtonState:
         checks.check_real("params", params)
         return GaussNewtonState(as_key(self.seed))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The learning rate from a quadratic model of the loss along the updates."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -176,7 +175,7 @@ def scale_by_quadratic_model(
             checks.check_like("state.previous", state.previous, params)
             directions.append(split_differentiable(state.previous, params)[0])
         zero = jnp.zeros((), accumulation_dtype(*jax.tree.leaves(params)))
-        slope = jnp.stack([dot(grads, d, start=zero) for d in directions])
+        slope = jnp.stack([_dot(grads, d, start=zero) for d in directions])
         pushed = [push_forward(predict_fn, params, d, axis_name) for d in directions]
         outputs, where, _ = pushed[0]
         curvature = curvature_of(outputs, where, [x[-1] for x in pushed], labels)
@@ -190,8 +189,12 @@ def scale_by_quadratic_model(
         rebuild = split_differentiable(updates, params)[1]
         scaled: Any = rebuild(list(map(combined, *directions)))
         if momentum:  # a step that is not finite would stay
-            last = functools.partial(jnp.where, finite)
-            new = new._replace(previous=jax.tree.map(last, scaled, state.previous))
+            previous = jax.tree.map(
+                lambda x, old: jnp.where(finite, jnp.asarray(x, old.dtype), old),
+                scaled,
+                state.previous,
+            )
+            new = new._replace(previous=previous)
         return scaled, new
 
     def curvature_of(
@@ -219,7 +222,7 @@ def scale_by_quadratic_model(
         ratio = jnp.maximum(sign * slope[0], 0) / jnp.where(seen, curvature[0, 0], 1)
         along = [ratio, *[jnp.zeros_like(ratio)] * (n - 1)]
         if momentum:
-            along = minimum_of_two(sign * slope, curvature, along)
+            along = _minimum_of_two(sign * slope, curvature, along)
         rates = [jnp.where(seen, as_dtype(fraction, dtype) * x, 0) for x in along]
         if max_learning_rate is not None:
             rates[0] = jnp.minimum(rates[0], as_dtype(max_learning_rate, dtype))
@@ -231,13 +234,13 @@ def scale_by_quadratic_model(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def dot(a: Floats, b: Floats, *, start: Array) -> Array:
+def _dot(a: Floats, b: Floats, *, start: Array) -> Array:
     """Return the inner product of two lists of arrays, in float32 or wider."""
     pairs = zip(a, b, strict=True)
     return sum((jnp.vdot(wide(x), wide(y)) for x, y in pairs), start=start)
 
 
-def minimum_of_two(slope: Array, curvature: Array, alone: list[Array]) -> list[Array]:
+def _minimum_of_two(slope: Array, curvature: Array, alone: list[Array]) -> list[Array]:
     """Return where a quadratic model of two directions has its minimum.
 
     It is that of the first alone where the second says nothing new.

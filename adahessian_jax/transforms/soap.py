@@ -14,10 +14,8 @@ from adahessian_jax._src.axes import gathered
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import PRECISION, rotate
-from adahessian_jax._src.turning import averaged
+from adahessian_jax._src.turning import Traces, averaged
 from adahessian_jax._src.xla import cond
-
-Grams = tuple[Array | None, ...]
 
 
 class ScaleBySoapState(NamedTuple):
@@ -36,8 +34,8 @@ class ScaleBySoapState(NamedTuple):
     count: Array  # type: ignore[assignment]  # hides tuple.count
     mu: optax.Updates
     nu: optax.Updates
-    grams: tuple[Grams, ...]
-    bases: tuple[Grams, ...]
+    grams: tuple[Traces, ...]
+    bases: tuple[Traces, ...]
 
 
 def scale_by_soap(
@@ -112,7 +110,7 @@ def scale_by_soap(
     checks.check_int("max_dim", max_dim, 1)
     checks.check_flag("turn_vectors", turn_vectors)
 
-    def first_grams(leaf: Any) -> Grams:
+    def first_grams(leaf: Any) -> Traces:
         shape, dtype = jnp.shape(leaf), accumulation_dtype(leaf)
         if not is_differentiable(leaf) or len(shape) < 1 + (not turn_vectors):
             return (None,) * len(shape)
@@ -139,7 +137,7 @@ def scale_by_soap(
         t = jnp.maximum(count, 1)
         scale = debias(b1, t) / jnp.sqrt(debias(b2, t))
 
-        def rescale(g: Any, m: Array, v: Array, q: Grams) -> tuple[Any, Any, Any]:
+        def rescale(g: Any, m: Array, v: Array, q: Traces) -> tuple[Any, Any, Any]:
             if not is_differentiable(m):
                 return jnp.zeros_like(m), m, v
             new_m = ema(b1, g, m)
@@ -160,9 +158,9 @@ def scale_by_soap(
         each = zip(leaves, *old, state.bases, strict=True)
         rescaled = [rescale(*x) for x in each]
         steps, mu, nu = (tuple(x[i] for x in rescaled) for i in range(3))
-        pairs = zip(leaves, state.grams, strict=True)
         memory = b2 if decay is None else decay
-        grams = tuple(averaged(memory, g, old, old) for g, old in pairs)
+        seen = zip(leaves, state.grams, state.bases, strict=True)
+        grams = tuple(averaged(memory, *x) for x in seen)
 
         def start(nu_and_bases: Any) -> Any:
             return nu_and_bases[0], jax.tree.map(_eigenvectors, grams)
@@ -187,7 +185,7 @@ def _eigenvectors(gram: Array) -> Array:
     return jnp.linalg.eigh(gram)[1][:, ::-1]
 
 
-def _turned(v: Array, grams: Grams, bases: Grams) -> tuple[Array, Grams]:
+def _turned(v: Array, grams: Traces, bases: Traces) -> tuple[Array, Traces]:
     """Move bases by a step of orthogonal iteration, and an average's entries along."""
     new: list[Array | None] = []
     v, cut = gathered(v)
