@@ -12,7 +12,9 @@ from adahessian_jax.estimators.hutchinson import hutchinson
 from adahessian_jax.estimators.low_rank import low_rank_control
 from adahessian_jax.estimators.squared_gradient import squared_gradient
 from adahessian_jax.fused import value_and_grad_with_curvature
-from adahessian_jax.optimizers import adahessian, newton, soap
+from adahessian_jax.optimizers.adahessian import adahessian
+from adahessian_jax.optimizers.newton import newton
+from adahessian_jax.optimizers.soap import soap
 from adahessian_jax.transforms.adahessian import scale_by_adahessian
 from adahessian_jax.transforms.averaging import block_average, conv_spatial_average
 from adahessian_jax.transforms.quadratic_model import scale_by_quadratic_model

@@ -22,9 +22,9 @@ from adahessian_jax._src.checks import (
     require,
 )
 from adahessian_jax._src.curvature_average import CurvatureAverage
+from adahessian_jax._src.decay_and_rate import decoupled_weight_decay, scale_by_rate
 from adahessian_jax.estimators.control_variates import ema_control
 from adahessian_jax.estimators.hutchinson import Probe, hutchinson
-from adahessian_jax.optimizers import decoupled_weight_decay, scale_by_rate
 from adahessian_jax.transforms.adahessian import divide_by
 from adahessian_jax.transforms.averaging import conv_spatial_average
 from adahessian_jax.transforms.soap import scale_by_soap
