@@ -102,6 +102,8 @@ CASES = covering()
 # Three that were wrong where any two of them were right.
 TOGETHER = {"loss": "masked", "path": "microbatches", "devices": "shard_map"}
 CASES += [dataclasses.replace(CASES[0], **TOGETHER, formula="mean")]
+AT_ONCE, LATER = CASES[:50], CASES[50:]  # which have fewer new pairs
+MARKED = [*AT_ONCE, *(pytest.param(case, marks=pytest.mark.slow) for case in LATER)]
 
 
 def test_every_valid_pair_is_in_a_case():
@@ -736,7 +738,7 @@ def needs_newer_versions(case):
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(dataclasses.astuple(c)))
+@pytest.mark.parametrize("case", MARKED, ids=lambda c: "-".join(dataclasses.astuple(c)))
 def test_case(case):
     if needs_newer_versions(case):
         pytest.skip("for newer versions of JAX, Flax or optax")

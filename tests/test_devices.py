@@ -139,6 +139,15 @@ def mesh_of(n=N, kind="Auto"):
     return jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], **kinds)
 
 
+def at_once(values, some):
+    """Mark values as slow but for some."""
+    slow = {"marks": pytest.mark.slow}
+    return [pytest.param(x, **({} if x in some else slow)) for x in values]
+
+
+FEW = ("hutchinson", "in-eigenbasis", "newton")
+
+
 def on_devices(step, mesh=None, **check):
     """Return a step for the whole batch, by shard_map."""
     specs = {"mesh": mesh or mesh_of(), "out_specs": (P(), P())}
@@ -151,7 +160,7 @@ def on_devices(step, mesh=None, **check):
     return jax.jit(shard_map(step, check_rep=False, **specs))
 
 
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "momentum"])
+@pytest.mark.parametrize("name", at_once([*OPTIMIZERS, "momentum"], FEW))
 def test_pmap_and_shard_map_are_the_same(name, x64):
     """With its account of what varies and without; replicas have the same bits."""
     tx = make_optimizer(name, "data")
@@ -325,14 +334,16 @@ def placed_like(x, other):
 MESHES = [("Auto", "function"), ("Explicit", "fused"), ("Explicit", PARTS)]
 BOTH = [(i, name, j) for i, name in enumerate(OPTIMIZERS) for j in range(2)]
 MESH_CASES = [(name, *MESHES[(i + j) % 3], j == 1) for i, name, j in BOTH]
+FIRST_CASES = [case for case in MESH_CASES if case[2] != PARTS]
 
 
-@pytest.mark.parametrize(("name", "kind", "path", "sharded"), MESH_CASES)
-def test_jit_over_a_mesh(name, kind, path, sharded, x64):
+@pytest.mark.parametrize("case", at_once(MESH_CASES, FIRST_CASES), ids=str)
+def test_jit_over_a_mesh(case, x64):
     """A program over sharded arrays does what it does on one device.
 
     Where parameters are replicated it adds parts of sums up, and moves nothing.
     """
+    name, kind, path, sharded = case
     if kind == "Explicit" and not hasattr(jax, "set_mesh"):
         pytest.skip("this version of JAX has no explicit sharding")
     if name == "gauss-newton-control" and jax.__version_info__ < (0, 10):
@@ -365,7 +376,7 @@ SOAPS = {
 SQUARE = {"w": RNG.normal(size=(8, 8)), "b": np.zeros(8)}  # whose axes are unique
 
 
-@pytest.mark.parametrize("name", SOAPS)
+@pytest.mark.parametrize("name", at_once(SOAPS, ("soap",)))
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
 def test_soap_on_devices(kind, name, x64):
     """Parameters whole, or cut along either axis, end as on one device."""

@@ -374,7 +374,7 @@ def test_soap_finds_axes_that_adam_does_not_see():
     assert train(turned, start, tx)[-1] < lost / 2
 
 
-SHAPES = [(), (1,), (3,), (1, 1), (0, 3), (2, 0), (9, 2), (2, 3, 2), (2, 1, 2, 3, 2)]
+SHAPES = [(), (1,), (0, 3), (9, 2), (2, 3, 2), (2, 1, 2, 3, 2)]
 
 
 @pytest.mark.parametrize("nan", [False, True])

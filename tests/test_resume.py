@@ -204,6 +204,8 @@ CHANGED = {  # by what, beside an update_interval of 2
     | {"schedule": optax.constant_schedule(0.5)},
 }
 CHANGES = [(make, *x) for make, change in CHANGED.items() for x in change.items()]
+SLOW = pytest.mark.slow
+MARKED = [pytest.param(*x, marks=SLOW if x[0] is ah.newton else ()) for x in CHANGES]
 # Of these the first update tells nothing.
 LATER = ("update_interval", "initial_refreshes", "decay", "turn_interval", "b1", "b2")
 
@@ -214,7 +216,7 @@ def test_the_table_has_every_argument():
     assert table_of_the_docs().keys() == {name for _, name, _ in CHANGES}
 
 
-@pytest.mark.parametrize(("make", "name", "value"), CHANGES, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(("make", "name", "value"), MARKED, ids=lambda x: str(x)[:20])
 def test_what_may_change_between_runs(make, name, value):
     """A free argument acts as if it had been there before, at the first update."""
     first = {"learning_rate": 0.1, "update_interval": 2}
