@@ -18,7 +18,7 @@ from adahessian_jax._src.derivatives import (
     value_grad_and_hvp,
 )
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
-from adahessian_jax._src.orthogonal import Bases, rotate
+from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax.estimators.eigenbasis import find_bases
 from adahessian_jax.transforms.adahessian import ScaleByAdaHessianState
 
@@ -217,9 +217,7 @@ def diagnostics(
     report = {key: getattr(inner, key) for key in keys}
     flat = [
         jnp.sum((v == 0) & (m != 0), dtype=jnp.int32)
-        for v, m in zip(
-            *map(jax.tree.leaves, (inner.nu, _turned(mu, bases))), strict=True
-        )
+        for v, m in zip(*map(jax.tree.leaves, (inner.nu, mu)), strict=True)
         if is_differentiable(v)
     ]
     report["flat"] = sum(flat, start=jnp.zeros((), jnp.int32))
@@ -246,7 +244,7 @@ def diagnostics(
         checks.require(ok, ValueError, "clip_threshold", rule, clip_threshold)
         return report
     checks.check_like("updates", updates, mu)
-    updates, mu = (_turned(tree, bases) for tree in (updates, mu))
+    updates = rotate_tree(updates, bases)
     report |= _quantiles("step_size", jax.tree.map(_ratio, updates, mu))
     if clip_threshold is not None:
         checks.check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
@@ -255,12 +253,6 @@ def diagnostics(
         at_bound = jnp.abs(entries) >= clip_threshold * (1 - rounding)
         report["clipped_share"] = jnp.sum(at_bound) / size
     return report
-
-
-def _turned(tree: optax.Updates, bases: tuple[Bases, ...]) -> optax.Updates:
-    leaves, treedef = jax.tree.flatten(tree)
-    turned = [rotate(x, q) for x, q in zip(leaves, bases, strict=True)]
-    return jax.tree.unflatten(treedef, turned)
 
 
 def _ratio(x: Array, y: Array) -> Array:

@@ -26,7 +26,6 @@ from adahessian_jax._src.dtypes import (
 from adahessian_jax._src.estimator import Curvature, Estimator, as_estimator, declare
 from adahessian_jax._src.masking import mask_like
 from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias, is_static
-from adahessian_jax._src.orthogonal import Bases
 from adahessian_jax._src.xla import cond, is_traced
 
 
@@ -111,25 +110,34 @@ class CurvatureAverage:
             self.estimator.init(params),
         )
 
+    def check(
+        self, updates: Any, state: CurvatureState, params: Any, extra_args: Any
+    ) -> None:
+        """Raise unless an update can be made of these."""
+        checks.check_params(params)
+        checks.check_like("updates", updates, params)
+        checks.check_spelling(extra_args, _EXTRA_ARGS)
+        initial = jax.eval_shape(self._initial, params)
+        curvature_state.check_state(state, initial, self.fingerprint)
+
     def update(
         self,
         updates: optax.Updates,
         state: CurvatureState,
         params: Any,
         *,
+        turned: optax.Updates,
+        mu: optax.Updates,
         hessian_diag: Any = None,
         curvature: Curvature | None = None,
         **extra_args: Any,
-    ) -> tuple[CurvatureState, optax.Updates, tuple[Bases, ...]]:
-        """Return the state moved on, the average to divide by, and what bases it is in.
+    ) -> tuple[CurvatureState, optax.Updates, optax.Updates]:
+        """Return the state moved on, the average to divide by, and the next ``mu``.
 
-        The average in the state is in those of the next update.
+        ``turned`` and ``mu`` are the updates and their average in the bases of
+        ``state``, as is the average of curvature. The next ``mu``, and the average in
+        the state moved on, are in those of the next update.
         """
-        checks.check_params(params)
-        checks.check_like("updates", updates, params)
-        checks.check_spelling(extra_args, _EXTRA_ARGS)
-        initial = jax.eval_shape(self._initial, params)
-        curvature_state.check_state(state, initial, self.fingerprint)
         stored = state.estimate if self.keeps_estimate else state.nu
 
         def fresh(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
@@ -178,12 +186,12 @@ class CurvatureAverage:
             estimate = nu
             known = map_floats(lambda d: ~never_estimated(d), estimate)
             nu = self._moved(state, estimate, known)
-        bases: tuple[Bases, ...] = ((),) * len(jax.tree.leaves(updates))
-        next_nu = nu
+        averages = mu, nu
         if isinstance(self.estimator.update, Estimator):
-            bases, next_nu, estimator_state = self.estimator.update.observe(
-                updates, estimator_state, nu, state.count
+            averages, estimator_state = self.estimator.update.observe(
+                updates, turned, estimator_state, averages, state.count
             )
+        mu, next_nu = averages
         count = optax.safe_increment(state.count)
         due = (count % self.update_interval == 0) | (count < self.initial_refreshes)
         seen = optax.safe_increment(state.refreshes)
@@ -197,7 +205,7 @@ class CurvatureAverage:
             refresh_due=None if self.always else due,
             estimator_state=estimator_state,
         )
-        return new, nu, bases
+        return new, nu, mu
 
     def _terms(self, state: CurvatureState) -> Array:
         """Return how many times the average has moved."""

@@ -83,15 +83,21 @@ class Estimator(abc.ABC):
         """
 
     def observe(
-        self, updates: optax.Updates, state: Any, nu: optax.Updates, count: Array
-    ) -> tuple[tuple[Any, ...], optax.Updates, Any]:
+        self,
+        updates: optax.Updates,
+        turned: optax.Updates,
+        state: Any,
+        averages: tuple[optax.Updates, optax.Updates],
+        count: Array,
+    ) -> tuple[tuple[optax.Updates, optax.Updates], Any]:
         """Look at the gradients of an update, with an estimate or without.
 
-        Returns the bases that the average ``nu`` is in, a tuple for each leaf, and the
-        average and the state for the next update.
+        ``turned`` are those in the bases of the state, and ``averages`` those of the
+        gradient and of the curvature there. Returns them in the bases of the state for
+        the next update, and that state.
         """
-        del count
-        return ((),) * len(jax.tree.leaves(updates)), nu, state
+        del updates, turned, count
+        return averages, state
 
 
 class Curvature(NamedTuple):

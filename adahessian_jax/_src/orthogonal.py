@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orthogonal matrices, whole or by the first of their columns."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,15 @@ def _along(matrix: Array, x: Array, axis: int) -> Array:
     return jnp.moveaxis(product, 0, axis)
 
 
+def _multiply_both(bases: Any, x: Array, *, transpose: bool) -> Array:
+    """Multiply a matrix along both axes by one product of rank 2 k, not two of k."""
+    (u, v), (a, b) = (reversed(q) if transpose else q for q in bases)
+    dot, x = functools.partial(jnp.dot, precision=PRECISION), x.astype(u.dtype)
+    left = dot(v.T, x)
+    right = dot(x, b) - dot(u, dot(left, b))
+    return x - dot(jnp.concatenate([u, right], 1), jnp.concatenate([left, a.T]))
+
+
 Bases = tuple[Orthogonal | None, ...]  # one for each axis
 
 
@@ -91,6 +101,8 @@ def rotate(x: Array, bases: Bases, *, back: bool = False) -> Array:
     n = layers_ndim(bases)
 
     def turned(x: Array, bases: Bases) -> Array:
+        if len(bases) == 2 and all(isinstance(q, Reflectors) for q in bases):
+            return _multiply_both(bases, x, transpose=not back)
         for axis, q in enumerate(bases):
             if q is not None:
                 x = multiply_along(q, x, axis, transpose=not back)
@@ -99,6 +111,14 @@ def rotate(x: Array, bases: Bases, *, back: bool = False) -> Array:
     return cut(over_layers(turned, n)(x, bases[n:]))
 
 
-def layers_ndim(bases: Bases) -> int:
-    """Return how many leading axes of a tensor are stacks, each layer with bases."""
-    return max(x.ndim for x in jax.tree.leaves(bases)) - 2
+def rotate_tree(tree: Any, bases: tuple[Bases, ...], *, back: bool = False) -> Any:
+    """Rotate each leaf of a tree that has bases."""
+    leaves, treedef = jax.tree.flatten(tree)
+    pairs = zip(leaves, bases, strict=True)
+    rotated = [rotate(x, q, back=back) if q else x for x, q in pairs]
+    return jax.tree.unflatten(treedef, rotated)
+
+
+def layers_ndim(matrices: Any) -> int:
+    """Return how many leading axes of a tensor are stacks, each layer with matrices."""
+    return max(x.ndim for x in jax.tree.leaves(matrices)) - 2

@@ -2,7 +2,6 @@
 """A basis for each tensor in which its curvature is nearly diagonal."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ from jax.typing import ArrayLike
 from adahessian_jax._src import checks, dtypes, turning
 from adahessian_jax._src.estimator import Estimator, as_estimator
 from adahessian_jax._src.loss import Loss
-from adahessian_jax._src.orthogonal import Bases, rotate
+from adahessian_jax._src.orthogonal import Bases, rotate_tree
 from adahessian_jax._src.stacks import Stacked, check_stacked, stack_ndim
 from adahessian_jax._src.turning import Traces
 from adahessian_jax._src.xla import cond
@@ -181,33 +180,32 @@ class _InEigenbasis(Estimator):
         inner, inner_state = self.inner, state.estimator_state
         if not jax.tree.leaves(params):
             state = state._replace(bases=())
-        turn = functools.partial(_each, rotate, bases=state.bases)
         if self.squares:
             value, grads, factor, inner_state = inner.value_and_grad(
                 fun, inner_state, params, **extra_args
             )
-            diag = dtypes.map_floats(jnp.square, turn(factor))
+            turned = rotate_tree(factor, state.bases)
             if self.axes_from == "factors":
-                state = self._seen(state, factor)
+                state = self._seen(state, factor, turned)
+            diag = dtypes.map_floats(jnp.square, turned)
             return value, grads, diag, state._replace(estimator_state=inner_state)
 
         def back(turned: Any) -> Any:
-            own = _each(functools.partial(rotate, back=True), turned, bases=state.bases)
-            return dtypes.map_floats(lambda x, p: x.astype(p.dtype), own, params)
+            return _as(params, rotate_tree(turned, state.bases, back=True))
 
         def of_turned(function: Any) -> Any:
             return None if function is None else lambda x: function(back(x))
 
         functions = {k: of_turned(extra_args.get(k)) for k in ("obj_fn", "predict_fn")}
         extra_args |= {k: f for k, f in functions.items() if f is not None}
-        at = turn(params)
+        at = rotate_tree(params, state.bases)
         if isinstance(inner, Estimator):
             value, grads, diag, inner_state = inner.value_and_grad(
                 of_turned(fun), inner_state, at, **extra_args
             )
             grads = None if grads is None else back(grads)
         elif fun is None:
-            value, grads = None, turn(extra_args.pop("updates"))
+            value, grads = None, rotate_tree(extra_args.pop("updates"), state.bases)
             diag, inner_state = inner.update(grads, inner_state, at, **extra_args)
         else:
             raise ValueError(
@@ -217,37 +215,40 @@ class _InEigenbasis(Estimator):
         return value, grads, diag, state._replace(estimator_state=inner_state)
 
     def observe(
-        self, updates: Any, state: EigenbasisState, nu: Any, count: Array
-    ) -> tuple[tuple[Bases, ...], Any, EigenbasisState]:
-        leaves = jax.tree.leaves(updates)
-        if not leaves:
-            return (), nu, state
-        old = state.bases
+        self,
+        updates: optax.Updates,
+        turned: optax.Updates,
+        state: EigenbasisState,
+        averages: tuple[optax.Updates, optax.Updates],
+        count: Array,
+    ) -> tuple[tuple[optax.Updates, optax.Updates], EigenbasisState]:
+        if not jax.tree.leaves(updates):
+            return averages, state
         if self.axes_from == "gradients":
-            state = self._seen(state, updates)
+            state = self._seen(state, updates, turned)
         k = self.turn_interval
         due = (count < k) | (count % k == k - 1)
 
         def turn(x: Any) -> Any:
-            bases, traces, averages = x
-            traces, new = turning.turned(traces, bases)
-            each = zip(averages, leaves, bases, new, strict=True)
-            averages = [
-                turning.carried(v, p, q) if v.shape == g.shape else v
-                for v, g, p, q in each
+            (mu, nu), old, traces = x
+            traces, new = turning.turned(traces, old)
+            mu = _as(mu, rotate_tree(rotate_tree(mu, old, back=True), new))
+            leaves = zip(*map(jax.tree.leaves, (mu, nu)), old, new, strict=True)
+            carried = [
+                turning.carried(v, p, q) if v.shape == m.shape else v
+                for m, v, p, q in leaves
             ]
-            return new, traces, averages
+            nu = jax.tree.unflatten(jax.tree.structure(nu), carried)
+            return (mu, nu), new, traces
 
-        averages = jax.tree.leaves(nu)
-        x = old, state.traces, averages
-        bases, traces, averages = cond(due, turn, lambda x: x, x)
-        nu = jax.tree.unflatten(jax.tree.structure(nu), averages)
-        return old, nu, state._replace(traces=traces, bases=bases)
+        x = averages, state.bases, state.traces
+        averages, bases, traces = cond(due, turn, lambda x: x, x)
+        return averages, state._replace(traces=traces, bases=bases)
 
-    def _seen(self, state: EigenbasisState, tree: Any) -> EigenbasisState:
+    def _seen(self, state: EigenbasisState, tree: Any, turned: Any) -> EigenbasisState:
         """Average in what axes come from."""
-        each = zip(jax.tree.leaves(tree), state.traces, state.bases, strict=True)
-        traces = tuple(turning.averaged(self.decay, *x) for x in each)
+        pairs = zip(*map(jax.tree.leaves, (tree, turned)), state.traces, strict=True)
+        traces = tuple(turning.averaged(self.decay, *x) for x in pairs)
         return state._replace(traces=traces)
 
     def _first_bases(self, path: Any, leaf: Any) -> Bases:
@@ -270,8 +271,6 @@ def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
     return bases[0] if bases else ((),) * n_leaves
 
 
-def _each(function: Any, tree: Any, *, bases: tuple[Bases, ...]) -> Any:
-    """Map a function over the leaves of a tree that are turned, and their bases."""
-    leaves, treedef = jax.tree.flatten(tree)
-    pairs = zip(leaves, bases, strict=True)
-    return jax.tree.unflatten(treedef, [function(x, q) if q else x for x, q in pairs])
+def _as(like: Any, tree: Any) -> Any:
+    """Cast floating-point leaves to the dtypes of others."""
+    return dtypes.map_floats(lambda p, x: x.astype(p.dtype), like, tree)

@@ -21,10 +21,11 @@ from adahessian_jax._src.curvature_state import CurvatureState, nan_if_unfit
 from adahessian_jax._src.dtypes import (
     accumulation_dtype,
     is_differentiable,
+    map_floats,
     never_estimated,
 )
 from adahessian_jax._src.moving_average import as_dtype, debias, ema, is_static
-from adahessian_jax._src.orthogonal import Bases, rotate
+from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax.estimators.eigenbasis import find_bases
 from adahessian_jax.estimators.hutchinson import hutchinson
 
@@ -33,7 +34,8 @@ class ScaleByAdaHessianState(NamedTuple):
     """State of the AdaHessian transformation.
 
     Attributes:
-      mu: moving average of the gradient; structure and shapes of the parameters.
+      mu: moving average of the gradient, in the axes of the curvature; structure and
+        shapes of the parameters.
       curvature: the average of the curvature, and what moves it on.
     """
 
@@ -135,31 +137,34 @@ def divide_by(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         _check_state(state, params)
-        turned = any(find_bases(state, 1))
-        if turned and extra_args.get("hessian_diag") is not None:
+        bases = find_bases(state.curvature, len(jax.tree.leaves(params)))
+        if any(bases) and extra_args.get("hessian_diag") is not None:
             raise ValueError(
                 "hessian_diag must not be given to an optimizer in turned axes: it is"
                 " the diagonal in the parameters' own. Pass what the estimator needs,"
                 " predict_fn, or use an estimator that is not in_eigenbasis(...)."
             )
-        average, nu, bases = curvature_average.update(
-            updates, state.curvature, params, **extra_args
+        curvature_average.check(updates, state.curvature, params, extra_args)
+        turned = rotate_tree(updates, bases)
+        mu = jax.tree.map(lambda g, m: ema(b1, g, m), turned, state.mu)
+        kept = jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), mu, state.mu)
+        average, nu, kept = curvature_average.update(
+            updates, state.curvature, params, turned=turned, mu=kept, **extra_args
         )
-        mu = jax.tree.map(lambda g, m: ema(b1, g, m), updates, state.mu)
-        mu_scale, direction = debias(b1, average.count), mu
+        mu_scale = debias(b1, average.count)
         if nesterov:
             later = debias(b1, optax.safe_increment(average.count)) / mu_scale
-            direction = jax.tree.map(
-                lambda g, m: ema(b1, g, m * later.astype(m.dtype)), updates, mu
+            mu = jax.tree.map(
+                lambda g, m: ema(b1, g, m * later.astype(m.dtype)), turned, mu
             )
         kind = state.curvature, curvature_average.fingerprint
         mu_scale *= nan_if_unfit(*kind, extra_args.get("curvature"))
 
-        def rescale(g: Any, p: Array, m: Array, v: Array, q: Bases) -> Array:
+        def rescale(p: Array, m: Array, v: Array) -> Array:
             if not is_differentiable(p):
                 return jnp.zeros_like(p)
             dtype, never = accumulation_dtype(m, v), never_estimated(v)
-            m, v = rotate(m.astype(dtype), q), v.astype(dtype)
+            m, v = m.astype(dtype), v.astype(dtype)
             h = jnp.sqrt(v) if curvature_average.order == 2 else jnp.abs(v)
             if not is_static(hessian_power, 1):
                 h = h ** as_dtype(hessian_power, dtype)
@@ -169,13 +174,12 @@ def divide_by(
             if clip_threshold is not None:
                 bound = as_dtype(clip_threshold, dtype)
                 step = jnp.clip(step, -bound, bound)
-            return rotate(step, q, back=True).astype(g.dtype)
+            return step
 
-        leaves, treedef = jax.tree.flatten(updates)
-        others = map(jax.tree.leaves, (params, direction, nu))
-        steps = [rescale(*x) for x in zip(leaves, *others, bases, strict=True)]
-        mu = jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), mu, state.mu)
-        return jax.tree.unflatten(treedef, steps), ScaleByAdaHessianState(mu, average)
+        steps = jax.tree.map(rescale, params, mu, nu)
+        steps = rotate_tree(steps, bases, back=True)
+        steps = map_floats(lambda x, g: x.astype(g.dtype), steps, updates)
+        return steps, ScaleByAdaHessianState(kept, average)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
