@@ -15,12 +15,8 @@ pytest.importorskip("seaborn")
 
 from benchmarks.training import protocol, report
 from benchmarks.training.__main__ import ALL, main
-from benchmarks.training.contenders import (
-    CONTENDERS,
-    WEIGHT_DECAY,
-    WarmupCosine,
-    sophia,
-)
+from benchmarks.training.contenders import CONTENDERS, WarmupCosine, sophia
+from benchmarks.training.published import PUBLISHED_TASKS
 from benchmarks.training.tasks import quadratic
 from benchmarks.training.variants import VARIANTS
 
@@ -194,6 +190,47 @@ def test_contender_trains(name):
     assert runs[0].validation == runs[1].validation
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED_TASKS)
+def test_published_task_trains(name):
+    """A few steps bring what is reported down, in the precision that it asks for."""
+    task = PUBLISHED_TASKS[name]()._replace(evaluated=200)
+    jax.config.update("jax_enable_x64", task.x64)
+    try:
+        run = protocol.make_train(task, ALL["soap"])(3e-3, 0, 40)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert run.validation[-1] < run.validation[0]
+
+
+def test_loss_and_error_of_a_network_that_is_constant():
+    """The residual is the source inside, and the constant on the boundary."""
+    task = PUBLISHED_TASKS["pinn_shallow"]()
+    x, flag = task.train[0][:, :2], task.train[0][:, 2] > 0
+    edge = np.any((x == 0) | (x == 1), axis=1)
+    np.testing.assert_array_equal(edge, flag)
+    waves = np.prod(np.sin(np.pi * x), axis=1)
+    params = [(np.ones((2, 3)), np.ones(3)), (np.zeros((3, 1)), np.full(1, 0.7))]
+    inside = np.mean((2 * np.pi**2 * waves[~edge]) ** 2)
+    loss, _ = task.loss_fn(params, task.train)
+    np.testing.assert_allclose(loss, (inside + 0.7**2) / 2, rtol=1e-5)
+    exact = np.prod(np.sin(np.pi * task.validation[0][:, :2]), axis=1)
+    expected = np.sqrt(np.mean((0.7 - exact) ** 2) / np.mean(exact**2))
+    got = task.metric(params, task.validation)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_figures_beside_published_ones():
+    """At the steps that were recorded; means are geometric."""
+    runs = [{"steps": [300, 600], "validation": [x, 4 * x]} for x in (1.0, 4.0)]
+    result = {"task": "deep_autoencoder", "steps": 600}
+    result["contenders"] = {"AdamW": {"equal steps": runs}}
+    table = report.beside_published(result)
+    assert "| AdamW | 8 |" in table
+    assert "| K-FAC, published | 62.5 |" in table
+    assert report.beside_published({"task": "cnn"}) == ""
+
+
 @pytest.mark.parametrize("name", ["davda54, delayed", NEWTON, "Sophia"])
 def test_steps_one_by_one_are_those_of_the_loop(name):
     """Whether to estimate is chosen on the host there."""
@@ -209,7 +246,7 @@ def test_sophia_is_that_of_optax():
     task, steps = quadratic(), 45
     options = {"gamma": 100.0}  # so that the clip leaves most entries to the estimate
     train = protocol.make_train(task, sophia(start=1e-2, **options))
-    options |= {"weight_decay": WEIGHT_DECAY, "update_interval": 10}
+    options |= {"weight_decay": task.weight_decay, "update_interval": 10}
     tx = optax.contrib.sophia(WarmupCosine(1e-2, steps), **options)
     init_key, _, _ = jax.random.split(jax.random.key(0), 3)
     params = task.init(init_key)

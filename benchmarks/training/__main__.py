@@ -23,9 +23,12 @@ from rich.progress import track
 
 from benchmarks.training import plots, protocol, report
 from benchmarks.training.contenders import CONTENDERS
-from benchmarks.training.tasks import TASKS, Task
+from benchmarks.training.published import PUBLISHED_TASKS
+from benchmarks.training.tasks import TASKS as OWN_TASKS
+from benchmarks.training.tasks import Task
 from benchmarks.training.variants import VARIANTS
 
+TASKS = OWN_TASKS | PUBLISHED_TASKS
 ALL = CONTENDERS | VARIANTS
 CONSOLE = Console()
 
@@ -106,6 +109,7 @@ def task_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Task:
         if task.batch_size is None:
             parser.error(f"argument --batch-size: {args.task} has one batch of all")
         task = task._replace(batch_size=args.batch_size)
+    jax.config.update("jax_enable_x64", task.x64)
     return task._replace(evaluated=args.evaluated or task.evaluated)
 
 

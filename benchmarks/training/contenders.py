@@ -6,7 +6,6 @@ of the steps, then a cosine to zero.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +31,6 @@ class WarmupCosine(NamedTuple):
 
 Make = Callable[[WarmupCosine, Task, jax.Array], optax.GradientTransformation]
 MakeEstimator = Callable[[Task, jax.Array], optax.GradientTransformation]
-WEIGHT_DECAY = 1e-4
 
 
 class Contender(NamedTuple):
@@ -86,9 +84,9 @@ def gauss_newton(task: Task, key: jax.Array) -> optax.GradientTransformation:
     return ah.gauss_newton(task.loss, seed=key)
 
 
-def plain(make: Callable[[Any], optax.GradientTransformation]) -> Make:
-    """Let an optimizer take the learning rate alone."""
-    return lambda learning_rate, task, key: make(learning_rate)
+def plain(make: Callable[[Any, float], optax.GradientTransformation]) -> Make:
+    """Let an optimizer take the learning rate and the weight decay alone."""
+    return lambda learning_rate, task, key: make(learning_rate, task.weight_decay)
 
 
 def sophia(gamma: float, start: float) -> Contender:
@@ -97,21 +95,24 @@ def sophia(gamma: float, start: float) -> Contender:
         lambda params: optax.EmptyState(),
         lambda updates, state, params=None, *, hessian_diag, **_: (hessian_diag, state),
     )
-    options = {"gamma": gamma, "weight_decay": WEIGHT_DECAY}
-    make = partial(optax.contrib.sophia, hessian_diagonal_fn=handed_on, **options)
+    options = {"gamma": gamma, "hessian_diagonal_fn": handed_on}
+
+    def make(learning_rate: Any, decay: float) -> Any:
+        return optax.contrib.sophia(learning_rate, weight_decay=decay, **options)
+
     estimator = optax.contrib.hutchinson_estimator_diag_hessian()
     return Contender(plain(make), start, kept=lambda *_: estimator, update_interval=10)
 
 
 def paper(learning_rate: Any, task: Task, key: jax.Array) -> Any:
     """Return the paper's form; convolutions are in the tasks that loop."""
-    options = {"weight_decay": WEIGHT_DECAY, "average_conv_kernel": task.loops}
+    options = {"weight_decay": task.weight_decay, "average_conv_kernel": task.loops}
     return ah.published.paper(learning_rate, **options, seed=key)
 
 
 def davda54(learning_rate: Any, task: Task, key: jax.Array) -> Any:
     """Return the second published form."""
-    return ah.published.davda54(learning_rate, weight_decay=WEIGHT_DECAY, seed=key)
+    return ah.published.davda54(learning_rate, weight_decay=task.weight_decay, seed=key)
 
 
 def zack_dugue(eps: float = 1e-8) -> Make:
@@ -122,24 +123,25 @@ def zack_dugue(eps: float = 1e-8) -> Make:
         hessian_ema="mean",
         hessian_power=0.5,
         estimator=gaussian(task, key),
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=task.weight_decay,
     )
 
 
-def clipped(learning_rate: Any, tx: optax.GradientTransformation) -> Any:
-    """Clip each entry in the parameters' own axes."""
+def clipped(learning_rate: Any, decay: float) -> Any:
+    """Clip each entry of Gauss-Newton steps in the parameters' own axes."""
     return optax.chain(
-        tx,
+        ah.scale_by_adahessian(b2=0.95, hessian_ema="mean"),
         optax.clip(0.1),
-        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.add_decayed_weights(decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
 def published_soap(betas: tuple[float, float]) -> Contender:
     """Return SOAP, which turns axes by gradients, with its decay rates."""
-    options = {"betas": betas, "weight_decay": WEIGHT_DECAY}
-    return Contender(plain(lambda lr: ah.published.soap(lr, **options)))
+    return Contender(
+        plain(lambda lr, decay: ah.published.soap(lr, betas=betas, weight_decay=decay))
+    )
 
 
 # When ``ah.newton`` estimates.
@@ -151,7 +153,11 @@ def newton(**options: Any) -> Contender:
     schedule = SCHEDULE | {k: v for k, v in options.items() if k in SCHEDULE}
     return Contender(
         lambda learning_rate, task, key: ah.newton(
-            learning_rate, task.loss, weight_decay=WEIGHT_DECAY, seed=key, **options
+            learning_rate,
+            task.loss,
+            weight_decay=task.weight_decay,
+            seed=key,
+            **options,
         ),
         0.03,
         "outputs",
@@ -172,7 +178,7 @@ def own_rate(*, whole: bool = False, **options: Any) -> Contender:
             None,
             task.loss,
             schedule=learning_rate._replace(peak=1.0),
-            weight_decay=WEIGHT_DECAY / 100,
+            weight_decay=task.weight_decay / 100,
             seed=key,
             **options,
         ),
@@ -187,7 +193,7 @@ def own_rate(*, whole: bool = False, **options: Any) -> Contender:
 def soap(**options: Any) -> Contender:
     """Return ``ah.soap``, but for the options."""
     return Contender(
-        plain(lambda lr: ah.soap(lr, weight_decay=WEIGHT_DECAY, **options))
+        plain(lambda lr, decay: ah.soap(lr, weight_decay=decay, **options))
     )
 
 
@@ -201,20 +207,20 @@ def delayed(make: Make, estimator: MakeEstimator, start: float = 0.3) -> Contend
 CONTENDERS: dict[str, Contender] = {
     "SGD": Contender(
         plain(
-            lambda lr: optax.chain(
-                optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(lr, momentum=0.9)
+            lambda lr, decay: optax.chain(
+                optax.add_decayed_weights(decay), optax.sgd(lr, momentum=0.9)
             )
         ),
         0.1,
     ),
-    "AdamW": Contender(plain(lambda lr: optax.adamw(lr, weight_decay=WEIGHT_DECAY))),
+    "AdamW": Contender(plain(lambda lr, decay: optax.adamw(lr, weight_decay=decay))),
     "Muon": Contender(
-        plain(lambda lr: optax.contrib.muon(lr, weight_decay=WEIGHT_DECAY))
+        plain(lambda lr, decay: optax.contrib.muon(lr, weight_decay=decay))
     ),
     "SOAP": published_soap((0.95, 0.95)),
     "SOAP, 0.9 and 0.99": published_soap((0.9, 0.99)),
     "L-BFGS": Contender(
-        plain(lambda lr: optax.lbfgs(memory_size=20)), own_rate=True, line_search=True
+        plain(lambda *_: optax.lbfgs(memory_size=20)), own_rate=True, line_search=True
     ),
     "Sophia": sophia(0.01, 1e-3),
     "Sophia, gamma=1": sophia(1.0, 3e-3),
@@ -224,13 +230,7 @@ CONTENDERS: dict[str, Contender] = {
     "paper, delayed": delayed(paper, hutchinson),
     "davda54, delayed": delayed(davda54, hutchinson),
     "Zack-Dugue, delayed": delayed(zack_dugue(), gaussian),
-    "Gauss-Newton, clipped": delayed(
-        plain(
-            lambda lr: clipped(lr, ah.scale_by_adahessian(b2=0.95, hessian_ema="mean"))
-        ),
-        gauss_newton,
-        0.03,
-    ),
+    "Gauss-Newton, clipped": delayed(plain(clipped), gauss_newton, 0.03),
     "newton": newton(),
     "newton, own rate": own_rate(),
     "newton, own rate and momentum": own_rate(

@@ -167,7 +167,7 @@ def differentiate(
 
 
 def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
-    """Return the function from parameters to training and validation loss."""
+    """Return the function from parameters to what is reported of both sets."""
 
     def some(tree: Any) -> Any:
         n = len(jax.tree.leaves(tree)[0])
@@ -176,7 +176,9 @@ def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
 
     sets = some(task.train), some(task.validation)
     loss = jax.jit(lambda params, batch: task.loss_fn(params, batch)[0])
-    return lambda params: tuple(float(loss(params, batch)) for batch in sets)
+    of_validation = loss if task.metric is None else jax.jit(task.metric)
+    pairs = tuple(zip((loss, of_validation), sets, strict=True))
+    return lambda params: tuple(float(f(params, batch)) for f, batch in pairs)
 
 
 def tuning_loss(train: Train, task: Task, peak: float, steps: int) -> float:

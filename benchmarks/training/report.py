@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.tables import markdown
+from benchmarks.training.published import PUBLISHED
 
 Result = dict[str, Any]
 
@@ -160,7 +161,33 @@ def table(result: Result) -> str:
         " the best of the same optimizer. Cost is the time of a step, and the last"
         " column that in which AdamW's final loss is reached, as shares of AdamW's.\n\n"
         + markdown(pd.DataFrame.from_dict(rows, orient="index"))
+        + beside_published(result)
     )
+
+
+def beside_published(result: Result) -> str:
+    """Lay out what is reported after some steps beside published figures, if any."""
+    if result["task"] not in PUBLISHED:
+        return ""
+    source, figures = PUBLISHED[result["task"]]
+    known = {step for row in figures.values() for step in row}
+    steps = sorted(step for step in known if step <= result["steps"])
+    rows = {
+        f"{name}, published": [row.get(step, math.nan) for step in steps]
+        for name, row in figures.items()
+    }
+    for name, entry in result["contenders"].items():
+        runs = entry["equal steps"]
+        at = {step: i for i, step in enumerate(runs[0]["steps"])}
+        curve = np.exp(np.mean([np.log(run["validation"]) for run in runs], axis=0))
+        rows[name] = [curve[at[step]] if step in at else math.nan for step in steps]
+    cells = {
+        name: [f"{x:.3g}" if math.isfinite(x) else "-" for x in row]
+        for name, row in rows.items()
+    }
+    columns = [f"{step:,} steps" for step in steps]
+    table = pd.DataFrame.from_dict(cells, orient="index", columns=columns)
+    return f"\nBeside published figures ({source}):\n\n{markdown(table)}"
 
 
 def across_tasks(

