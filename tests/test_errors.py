@@ -173,6 +173,8 @@ VALUE_ERRORS = {
     ),
     "shares no pass with the gradient: use":
         lambda: fused(ada(ah.in_eigenbasis(ah.squared_gradient())), loss),
+    "in_eigenbasis(...) inside of something else":
+        lambda: ada(optax.chain(ah.in_eigenbasis(GN))).init(W),
     "finds a momentum only with a rate": lambda: ah.newton(0.1, SQUARED, b1=None),
     "grad must be given: the slope": lambda: update(MODEL, predict_fn=predict),
     "network's outputs and got no predict_fn. Pass a": lambda: update(MODEL, grad=W),
@@ -273,6 +275,8 @@ WAYS_OUT = {
     ),
     "gauss_newton(loss) with n_samples=1":
         lambda: ah.in_eigenbasis(GN, axes_from="factors").init(W),
+    "pass in_eigenbasis(...) itself, and what":
+        lambda: ada(ah.in_eigenbasis(optax.chain(OPTAX_ESTIMATOR))).init(W),
     "Pass b1=0.85, or learning_rate=None.": lambda: [
         ah.newton(0.1, SQUARED, b1=0.85).init(W),
         ah.newton(None, SQUARED, b1=None).init(W),

@@ -78,9 +78,9 @@ def in_eigenbasis(
       turn_interval: turn on every so many-th update, at least 1, and on each of as many
         first ones.
       max_dim: axes of up to this size n, at least 1, have a complete basis: 2 n²
-        numbers of state, and 4 n operations for each entry of the tensor in an update.
+        numbers of state, and 6 n operations for each entry of the tensor in an update.
       n_vectors: how many leading eigenvectors a longer axis has: 3 n k numbers for k of
-        them, and 8 k operations for each entry. With 0 it is left as it is.
+        them, and 10 k operations for each entry. With 0 it is left as it is.
       stacked: how many leading axes of a leaf are stacks of layers, as ``nn.scan`` and
         ``jax.lax.scan`` have them: a function of ``(path, leaf)``, such as ``lambda
         path, leaf: "blocks" in jax.tree_util.keystr(path)``. Each layer has its bases.

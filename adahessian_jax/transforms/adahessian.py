@@ -24,6 +24,7 @@ from adahessian_jax._src.dtypes import (
     map_floats,
     never_estimated,
 )
+from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.moving_average import as_dtype, debias, ema, is_static
 from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax.estimators.eigenbasis import find_bases
@@ -131,6 +132,15 @@ def divide_by(
 
     def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
         curvature = curvature_average.init(params)
+        estimator = curvature_average.estimator
+        if any(find_bases(curvature, 1)) and not isinstance(
+            estimator.update, Estimator
+        ):
+            raise ValueError(
+                "estimator must not be in_eigenbasis(...) inside of something else, or"
+                " nothing turns its axes: pass in_eigenbasis(...) itself, and what is"
+                " to be around it inside."
+            )
         return ScaleByAdaHessianState(zeros_like(params, mu_dtype), curvature)
 
     def update_fn(

@@ -72,7 +72,7 @@ def scale_by_soap(
       decay: of the averages that the axes are turned by, in [0, 1); by default ``b2``.
       every: turn on each so many-th update, at least 1.
       max_dim: longer axes are left as they are. An axis of n takes 2 n² numbers of
-        state and 4 n operations for each entry of the tensor, and n³ to turn.
+        state and 8 n operations for each entry of the tensor, and n³ to turn.
       turn_vectors: whether tensors of one axis are turned, too.
 
     Returns:
