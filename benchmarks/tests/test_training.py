@@ -162,6 +162,8 @@ def tables():
     for name in OURS + SOAPS:
         known = {task: r for task, r in results.items() if name in r["contenders"]}
         made[name] = report.of_one(known, name)
+    for task in ("pinn_shallow", "pinn_deep", "quadratic_deep"):
+        made[task] = report.beside_published(read({task: task})[task]).strip()
     return made | {
         "all": report.across_tasks(
             results, lambda r, name: report.to_adamw(r, name, "equal time")
