@@ -182,7 +182,7 @@ def beside_published(result: Result) -> str:
         curve = np.exp(np.mean([np.log(run["validation"]) for run in runs], axis=0))
         rows[name] = [curve[at[step]] if step in at else math.nan for step in steps]
     cells = {
-        name: [f"{x:.3g}" if math.isfinite(x) else "-" for x in row]
+        name: [f"{x:.4g}" if math.isfinite(x) else "-" for x in row]
         for name, row in rows.items()
     }
     columns = [f"{step:,} steps" for step in steps]
