@@ -127,6 +127,7 @@ def run(monkeypatch, argv, network=None):
     return runs[-1]
 
 
+@SLOW
 def test_a_run_shows_what_it_did_and_repeats_with_the_seed(
     digits, monkeypatch, tmp_path, capsys
 ):

@@ -17,6 +17,7 @@ from adahessian_jax.transforms.soap import scale_by_soap
 from tests.problems import dense_ggn, quadratic
 
 RNG = np.random.default_rng(0)
+SLOW = pytest.mark.slow
 X, Y = RNG.normal(size=(6, 3)), np.array([0, 1, 1, 0, 1, 0])
 W = {"w": RNG.normal(size=(3, 2)), "b": RNG.normal(size=2)}
 SOFTMAX = losses.softmax_cross_entropy
@@ -199,6 +200,7 @@ def test_half_precision_is_accumulated_in_single():
 # SOAP -------------------------------------------------------------------------------
 
 
+@SLOW
 def test_soap_of_leaves_of_all_kinds():
     """In jit or not; what is not finite is in no basis, and bases stay orthogonal."""
     shapes = [(), (0,), (1,), (3,), (1, 2), (3, 2), (0, 2), (2, 2, 2), (2, 1, 2, 3, 2)]
@@ -235,7 +237,9 @@ def test_soap_of_leaves_of_all_kinds():
 # newton -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"max_dim": 3, "n_vectors": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"max_dim": 3, "n_vectors": 2}, pytest.param({}, marks=SLOW)], ids=str
+)
 def test_stacked_layers_are_separate_ones(options, x64):
     """Whether layers lie along leading axes or in a list, each has bases of its own."""
     rng, shape = np.random.default_rng(0), (2, 3)
@@ -377,7 +381,7 @@ def test_soap_finds_axes_that_adam_does_not_see():
 SHAPES = [(), (1,), (0, 3), (9, 2), (2, 3, 2), (2, 1, 2, 3, 2)]
 
 
-@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.parametrize("nan", [True, pytest.param(False, marks=SLOW)])
 @pytest.mark.parametrize("name", ["soap", "newton", "own rate", "momentum"])
 @jax.numpy_dtype_promotion("standard")  # for optax, and integers
 def test_turned_leaves_of_all_shapes(name, nan):
@@ -515,7 +519,9 @@ ESTIMATORS = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(
+    "name", [n if n != "low rank" else pytest.param(n, marks=SLOW) for n in ESTIMATORS]
+)
 def test_every_estimator(name):
     """Is the same under jit, and in any units; trees may have leaves of all kinds."""
     estimator = ESTIMATORS[name]

@@ -168,6 +168,7 @@ def tables():
         "all": report.across_tasks(
             results, lambda r, name: report.to_adamw(r, name, "equal time")
         ),
+        "to SOAP": report.across_tasks(results, report.to_best_of(SOAPS), OURS),
         "rates": report.across_tasks(results, report.rate),
         "delay": report.of_delay(safe, DELAYED),
     }

@@ -204,6 +204,18 @@ def across_tasks(
     return markdown(pd.DataFrame(columns))
 
 
+def to_best_of(names: Iterable[str]) -> Callable[[Result, str], str]:
+    """Return the cell of the difference to the best of some, at equal time."""
+
+    def cell(result: Result, name: str) -> str:
+        found = result["contenders"]
+        known = [found[n]["equal time"] for n in names if n in found]
+        best = min(known, key=lambda runs: float(np.log(final(runs)).mean()))
+        return change(found[name]["equal time"], best)
+
+    return cell
+
+
 def rate(result: Result, name: str) -> str:
     """Return the learning rate that was chosen as a cell."""
     return f"{result['contenders'][name]['rate']:.2g}"
