@@ -97,7 +97,9 @@ def test_operations_and_memory_of_a_step(network):
 
 
 @recent_compiler
-@pytest.mark.parametrize("network", ["MLP", pytest.param("GPT", marks=SLOW)])
+@pytest.mark.parametrize(
+    "network", [pytest.param(n, marks=SLOW) for n in ("MLP", "GPT")]
+)
 def test_memory_does_not_grow_with_samples(network):
     """The samples are computed one after the other, although there is no loop."""
     memory = {n: cost(network, "hutchinson", n)[1] for n in (1, 4, 8)}

@@ -145,9 +145,6 @@ def at_once(values, some):
     return [pytest.param(x, **({} if x in some else slow)) for x in values]
 
 
-FEW = ("hutchinson", "in-eigenbasis", "newton")
-
-
 def on_devices(step, mesh=None, **check):
     """Return a step for the whole batch, by shard_map."""
     specs = {"mesh": mesh or mesh_of(), "out_specs": (P(), P())}
