@@ -622,6 +622,27 @@ def test_bases_stay_orthogonal():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("n_columns", [(2, 3), (9, 3), (2, 7)], ids=str)
+def test_a_tensor_is_turned_along_all_axes(n_columns):
+    """As by dense matrices, and back; layers of a stack each by their own."""
+    columns = [
+        RNG.normal(size=(2, n, k)) for n, k in zip((9, 7), n_columns, strict=True)
+    ]
+    bases = [jax.vmap(orthogonal_from_columns)(jnp.asarray(c)) for c in columns]
+    x = RNG.normal(size=(2, 9, 7))
+    of_layer = [[jax.tree.map(lambda a, i=i: a[i], q) for q in bases] for i in range(2)]
+    for i, (q, p) in enumerate(of_layer):
+        left, right = dense(q), dense(p)
+        turned = rotate_tree([jnp.asarray(x[i])], ((q, p),))
+        np.testing.assert_allclose(turned[0], left.T @ x[i] @ right, atol=1e-12)
+        (back,) = rotate_tree(turned, ((q, p),), back=True)
+        np.testing.assert_allclose(back, x[i], atol=1e-12)
+    stacked = rotate_tree([jnp.asarray(x)], ((None, *bases),))[0]
+    each = [rotate_tree([jnp.asarray(x[i])], (tuple(of_layer[i]),))[0] for i in (0, 1)]
+    np.testing.assert_allclose(stacked, each, atol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
 def test_averages_go_along_when_axes_turn():
     """As the diagonal of the matrix that they are of, but for what was never seen."""
     old, new = (
