@@ -132,10 +132,8 @@ def divide_by(
 
     def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
         curvature = curvature_average.init(params)
-        estimator = curvature_average.estimator
-        if any(find_bases(curvature, 1)) and not isinstance(
-            estimator.update, Estimator
-        ):
+        estimate = curvature_average.estimator.update
+        if any(find_bases(curvature, 1)) and not isinstance(estimate, Estimator):
             raise ValueError(
                 "estimator must not be in_eigenbasis(...) inside of something else, or"
                 " nothing turns its axes: pass in_eigenbasis(...) itself, and what is"

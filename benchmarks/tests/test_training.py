@@ -180,6 +180,22 @@ def test_tables_of_the_docs_are_those_of_the_committed_results():
     assert [name for name, table in tables().items() if table not in text] == []
 
 
+def test_difference_to_the_best_of_some():
+    """At equal time, and of those that were run."""
+    made = {"a": (8.0, 9.0), "b": (2.0, 1.0), "ours": (1.0, 1.0)}
+    result = {
+        "contenders": {
+            name: {
+                "equal time": [{"validation": [x]}] * 2,
+                "equal steps": [{"validation": [y]}] * 2,
+            }
+            for name, (x, y) in made.items()
+        }
+    }
+    cell = report.to_best_of(["a", "b", "c"])
+    assert cell(result, "ours") == "-50 (-50 to -50)"
+
+
 @pytest.mark.filterwarnings("ignore:averaging applies to none")  # no embeddings
 @pytest.mark.parametrize(
     "name", [*CONTENDERS, *(pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS)]

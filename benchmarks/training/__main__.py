@@ -39,6 +39,7 @@ def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
     task = task_of(args, parser)
+    jax.config.update("jax_enable_x64", task.x64)
     own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     result = {
         "task": args.task,
@@ -109,7 +110,6 @@ def task_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Task:
         if task.batch_size is None:
             parser.error(f"argument --batch-size: {args.task} has one batch of all")
         task = task._replace(batch_size=args.batch_size)
-    jax.config.update("jax_enable_x64", task.x64)
     return task._replace(evaluated=args.evaluated or task.evaluated)
 
 

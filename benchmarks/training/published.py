@@ -17,7 +17,7 @@ import numpy as np
 
 import adahessian_jax as ah
 from adahessian_jax.demo.data import Examples
-from benchmarks.training.tasks import Params, Task, all_images
+from benchmarks.training.tasks import Params, Task, all_images, classifier
 
 
 class Published(NamedTuple):
@@ -156,18 +156,9 @@ def fmnist_2c2d() -> Task:
         predicted = jnp.argmax(model.apply(params, batch.inputs), axis=-1)
         return jnp.mean(predicted != batch.labels)
 
-    return Task(
-        init=lambda key: model.init(key, train.inputs[:1]),
-        forward=lambda params, batch: (model.apply(params, batch.inputs), batch.labels),
-        loss=ah.losses.softmax_cross_entropy,
-        train=train,
-        validation=test,
-        batch_size=128,
-        steps=10 * len(train.labels) // 128,
-        loops=True,
-        evaluated=10_000,
-        metric=errors,
-    )
+    options = {"steps": 10 * len(train.labels) // 128, "loops": True}
+    options |= {"evaluated": 10_000, "metric": errors, "weight_decay": 0.0}
+    return classifier(model, train, test, **options)
 
 
 def deep_autoencoder() -> Task:
@@ -178,9 +169,9 @@ def deep_autoencoder() -> Task:
     train, test, _ = all_images()
     layers: list[Any] = []
     for width in (1000, 500, 250, 30, 250, 500, 1000, 784):
-        layers += (
-            [nn.Dense(width)] if width in (30, 784) else [nn.Dense(width), nn.relu]
-        )
+        layers.append(nn.Dense(width))
+        if width not in (30, 784):  # the code and the pixels are linear
+            layers.append(nn.relu)
     model = nn.Sequential(layers)
 
     def forward(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:

@@ -187,7 +187,8 @@ def beside_published(result: Result) -> str:
     }
     columns = [f"{step:,} steps" for step in steps]
     table = pd.DataFrame.from_dict(cells, orient="index", columns=columns)
-    return f"\nBeside published figures ({source}):\n\n{markdown(table)}"
+    task = result["task"]
+    return f"\n`{task}` beside published figures ({source}):\n\n{markdown(table)}"
 
 
 def across_tasks(

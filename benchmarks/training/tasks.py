@@ -85,20 +85,20 @@ def all_images() -> tuple[Examples, Examples, int]:
 def cnn() -> Task:
     """Return a small convolutional network for images."""
     train, validation, n_classes = images()
-    return _classifier(ConvNet(n_classes), train, validation, loops=True)
+    return classifier(ConvNet(n_classes), train, validation, loops=True)
 
 
 def resnet8() -> Task:
     """Return a ResNet of 8 layers with batch normalisation, for images."""
     train, validation, n_classes = images()
-    return _classifier(ResNet8(n_classes), train, validation, loops=True)
+    return classifier(ResNet8(n_classes), train, validation, loops=True)
 
 
 def transformer(depth: int = 1) -> Task:
     """Return a decoder-only transformer for Shakespeare's characters."""
     data = load_shakespeare()
     model = CharTransformer(data.n_classes, n_layers=2 * depth)
-    return _classifier(model, data.train, thin(data.test, 256), batch_size=16)
+    return classifier(model, data.train, thin(data.test, 256), batch_size=16)
 
 
 def autoencoder(depth: int = 1) -> Task:
@@ -184,7 +184,7 @@ def logistic() -> Task:
     """Return logistic regression of images on their pixels, all in one batch."""
     train, validation, n_classes = images(n_validation=1000)
     whole = {"batch_size": None, "steps": 300, "evaluated": 4000}
-    return _classifier(Mlp((n_classes,)), thin(train, 4000), validation, **whole)
+    return classifier(Mlp((n_classes,)), thin(train, 4000), validation, **whole)
 
 
 def quadratic() -> Task:
@@ -214,9 +214,10 @@ _MAKERS += (burgers, diamonds, logistic, quadratic)
 TASKS: dict[str, Callable[..., Task]] = {make.__name__: make for make in _MAKERS}
 
 
-def _classifier(
+def classifier(
     model: nn.Module, train: Examples, validation: Examples, **options: Any
 ) -> Task:
+    """Return a task for a network with logits."""
     defaults = {"batch_size": 128, "steps": 500}
     return Task(
         init=lambda key: model.init(key, train.inputs[:1]),
