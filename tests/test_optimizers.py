@@ -3,6 +3,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,6 +233,17 @@ def test_soap_of_leaves_of_all_kinds():
     assert shapes_of[3] == (True,)
     assert shapes_of[4] == (False, True)
     assert shapes_of[8] == (True, False, True, True, True)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [{}, {"mu_dtype": "float32"}, {"nu_dtype": "float32"}]
+)
+def test_averages_keep_their_dtypes_when_axes_turn(dtypes):
+    tx = ah.soap(0.1, max_dim=4, n_vectors=2, **dtypes)
+    w = {"w": jnp.ones((9, 3), jnp.bfloat16)}
+    state = tx.init(w)
+    _, after = jax.eval_shape(tx.update, w, state, w)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
 # newton -----------------------------------------------------------------------------
