@@ -4,7 +4,10 @@
 from adahessian_jax import losses, published
 from adahessian_jax._src.masking import unmasked
 from adahessian_jax._src.probes import rademacher_like
-from adahessian_jax.curvature import diagnostics, hessian_diag, hvp
+from adahessian_jax.curvature.diagnostics import diagnostics
+from adahessian_jax.curvature.eigenvalues import largest_eigenvalues
+from adahessian_jax.curvature.estimate import estimate_diagonal
+from adahessian_jax.curvature.products import hessian_diag, hvp
 from adahessian_jax.estimators.control_variates import ema_control, gauss_newton_control
 from adahessian_jax.estimators.eigenbasis import in_eigenbasis
 from adahessian_jax.estimators.gauss_newton import gauss_newton
@@ -27,12 +30,14 @@ __all__ = [
     "conv_spatial_average",
     "diagnostics",
     "ema_control",
+    "estimate_diagonal",
     "gauss_newton",
     "gauss_newton_control",
     "hessian_diag",
     "hutchinson",
     "hvp",
     "in_eigenbasis",
+    "largest_eigenvalues",
     "losses",
     "low_rank_control",
     "newton",

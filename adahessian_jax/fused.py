@@ -16,6 +16,7 @@ from adahessian_jax._src.axes import as_varying
 from adahessian_jax._src.derivatives import value_and_grad
 from adahessian_jax._src.dtypes import map_floats, wide
 from adahessian_jax._src.estimator import Curvature, Estimator
+from adahessian_jax._src.loss import reduction_of
 from adahessian_jax._src.microbatches import over_parts
 from adahessian_jax._src.xla import cond, is_traced
 
@@ -126,7 +127,7 @@ def value_and_grad_with_curvature(
             over_parts,
             data={"batch": batch, "labels": labels, "where": where},
             microbatches=microbatches,
-            reduction=_reduction(reduction, shared.loss),
+            reduction=reduction_of(reduction, shared.loss),
             unroll=unroll,
             axis_name=shared.axis_name,
         )
@@ -214,18 +215,6 @@ class _Pass:
             where = out[-1][-1]
         weight = 1.0 if where is None else jnp.sum(jnp.asarray(where), dtype=float)
         return out, (aux, weight)
-
-
-def _reduction(given: str | None, loss: Any) -> str:
-    """Return how the losses of parts are reduced, by a loss object or as given."""
-    if loss is None:
-        return given or "mean"
-    if given not in (None, loss.reduction):
-        raise ValueError(
-            f"reduction={given!r} contradicts {loss!r}: it is said on the loss, as"
-            f" loss.replace(reduction={given!r})."
-        )
-    return str(loss.reduction)
 
 
 def _refresh_due(states: list[Any]) -> tuple[Any, Array | None]:

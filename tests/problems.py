@@ -87,3 +87,12 @@ def mlp(dtype=None, seed=0):
         return cross_entropy(jnp.dot(h, p["w4"]), y)
 
     return Problem(params, loss)
+
+
+@jax.custom_vjp
+def opaque(x):
+    """A tangent has no way through: there is a rule for going back only."""
+    return jnp.tanh(x)
+
+
+opaque.defvjp(lambda x: (opaque(x), x), lambda x, c: (c / jnp.cosh(x) ** 2,))

@@ -31,12 +31,50 @@ def test_values():
         expected = np.quantile(steps, q)
         np.testing.assert_allclose(values[f"step_size/w/{q}"], expected, rtol=1e-4)
         np.testing.assert_allclose(values[f"step_size/b/0/{q}"], 2.5, rtol=1e-4)
+        every = np.quantile([*steps, *[2.5] * 6], q)
+        np.testing.assert_allclose(values[f"step_size/{q}"], every, rtol=1e-4)
     assert not any("n/" in name for name in values)
     # Momentum of zero is left out.
     zero = {**PARAMS, "w": jnp.array([0.0, 0.0, 1.0, 1.0])}
     updates, state = after_one_update(ah.adahessian(0.5, eps=0.0), zero)
     got = ah.diagnostics(state, updates=updates)["step_size/w/0.5"]
     np.testing.assert_allclose(got, np.median([5 / 4, 5 / 8]), rtol=1e-4)
+
+
+def test_what_else_is_at_hand():
+    """Sharpness, an estimate with its error, and the rate of a quadratic model."""
+    x = jax.random.normal(jax.random.key(0), (8, 3))
+    w, loss = jnp.ones((3, 2)), ah.losses.squared_error
+    tx = ah.newton(None, loss)
+    updates, state = tx.update(
+        x.T @ x @ w, tx.init(w), w, predict_fn=lambda w: jnp.dot(x, w)
+    )
+
+    def fun(w, x):
+        return loss(jnp.dot(x, w), jnp.zeros((len(x), 2)))
+
+    top = ah.largest_eigenvalues(lambda w: fun(w, x), w, rtol=1e-5)
+    np.testing.assert_allclose(top.values, np.linalg.eigvalsh(x.T @ x / 8)[-1:], 1e-4)
+    scaled = ah.largest_eigenvalues(
+        lambda w: fun(w, x), w, preconditioner=(tx, state), rtol=1e-5
+    )
+    hutchinson = ah.hutchinson()
+    estimate = ah.estimate_diagonal(fun, w, [x[:4], x[4:]], hutchinson, n_samples=9)
+    values = ah.diagnostics(
+        state,
+        updates=updates,
+        estimate=estimate,
+        sharpness=top,
+        preconditioned_sharpness=scaled,
+    )
+    assert all(jnp.shape(v) == () for v in values.values())
+    assert values["sharpness"] == top.values[0]
+    assert values["preconditioned_sharpness"] == scaled.values[0]
+    assert values["trace"] == jnp.sum(estimate.mean)
+    assert values["trace_standard_error"] == estimate.trace_standard_error > 0
+    assert values["relative_error"] == estimate.relative_error > 0
+    assert values["learning_rate"] == state[2].learning_rate > 0
+    assert {"step_size/0.5"} < values.keys()
 
 
 def test_clipped_share():

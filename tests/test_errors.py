@@ -56,6 +56,14 @@ def predict(params):
     return params["w"]
 
 
+def of_batch(params, batch):
+    return loss(params) * jnp.sum(batch)
+
+
+ESTIMATE = {"fun": of_batch, "params": W, "batches": [ONES], "estimator": HUTCHINSON}
+ESTIMATE |= {"n_samples": 1}
+
+
 def both(params, *batch):
     return SQUARED(params["w"], W["w"]), params["w"]
 
@@ -371,27 +379,30 @@ WRONG = [  # names, TypeError, ValueError
     ("b1 b2 decay shampoo_beta", NUMBERS, [1.0, -0.1, np.nan]),
     ("learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
     ("clip_threshold fraction hessian_power max_learning_rate", NUMBERS, [0.0, -1.0]),
-    ("chunk_size every max_dim max_precond_dim mc_iters microbatches n_samples"
-     " precondition_frequency rank size turn_interval update_each update_interval",
-     [2.0, True], [0]),
+    ("chunk_size every k max_dim max_precond_dim max_products mc_iters microbatches"
+     " n_samples precondition_frequency rank size turn_interval update_each"
+     " update_interval", [2.0, True], [0]),
     ("event_ndim initial_refreshes n_vectors", [2.0, False], [-1]),
     ("axis", [1.0, None, True], []),
-    ("abs_first average_conv_kernel has_aux momentum nesterov precondition_1d"
+    ("abs_first average_conv_kernel has_aux momentum nesterov precondition_1d progress"
      " turn_vectors unbiased"
      " unroll zack_dugue.control_variate", [1, "yes"], []),
     ("axes_from hessian_ema layout mode reduction", [], ["no such", ["rms"]]),
     ("loss", ["l2_loss", optax.l2_loss, None], []),
     ("estimator tx", ["hutchinson", ah.hutchinson], []),
     ("control_variate", ["ema", ah.ema_control], []),
-    ("averaging fun is_blocked is_conv loss_fn of_element.loss of_row.loss stacked",
-     [3, "relu"], []),
+    ("averaging fun is_blocked is_conv labels_fn loss_fn of_element.loss of_row.loss"
+     " stacked", [3, "relu"], []),
+    ("largest_eigenvalues.loss preconditioned_sharpness sharpness start",
+     ["l2", W], []),
+    ("batches", [3], []),
     ("mu_dtype nu_dtype", [int, "float33", complex], []),
     ("seed", ["0", 1.5, True, W], []),
     ("key", [0, "0", jnp.zeros(2)], []),
     ("axis_name", [3, ("batch", 0)], []),
     ("probe", [3, None], ["uniform"]),
     ("weight_decay_mask", [3, ("w", "b")], []),
-    ("estimate tangents updates", [], [3, NO_C]),
+    ("estimate preconditioner tangents updates", [], [3, NO_C]),
     ("state", [], [3, None]),
     # Trees of any form, and what is tried above.
     ("betas labels name outputs params previous_estimate schedule tree where", [], []),
@@ -412,9 +423,11 @@ RIGHT = {f: {} for f in BARE} | {f: {"loss": SQUARED} for f in OF_LOSS} | {
     ah.adahessian: {"learning_rate": 0.1},
     ah.block_average: {"axis": 0, "size": 2},
     ah.diagnostics: {"state": ADA.init(W), "updates": W},
+    ah.estimate_diagonal: ESTIMATE,
     ah.hessian_diag: {"fun": loss, "params": W},
     ah.hvp: {"fun": loss, "params": W, "tangents": W},
     ah.in_eigenbasis: {"estimator": GN},
+    ah.largest_eigenvalues: {"fun": loss, "params": W},
     ah.low_rank_control: {"rank": 2},
     ah.newton: {"learning_rate": 0.1, "loss": SQUARED},
     ah.soap: {"learning_rate": 0.1},

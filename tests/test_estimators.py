@@ -23,7 +23,15 @@ from adahessian_jax._src.orthogonal import (
 )
 from adahessian_jax._src.probes import normal_like
 from adahessian_jax._src.turning import carried
-from tests.problems import all_signs, dense, dense_ggn, dense_hessian, mlp, quadratic
+from tests.problems import (
+    all_signs,
+    dense,
+    dense_ggn,
+    dense_hessian,
+    mlp,
+    opaque,
+    quadratic,
+)
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 3))
@@ -325,15 +333,6 @@ def test_half_precision_overflows_nowhere(scale):
 
 
 # Products with the Hessian, and its diagonal ----------------------------------------
-
-
-@jax.custom_vjp
-def opaque(x):
-    """A tangent has no way through: there is a rule for going back only."""
-    return jnp.tanh(x)
-
-
-opaque.defvjp(lambda x: (opaque(x), x), lambda x, c: (c / jnp.cosh(x) ** 2,))
 
 
 @pytest.mark.usefixtures("x64")

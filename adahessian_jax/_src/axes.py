@@ -134,12 +134,27 @@ def _varying_axes(kind: Any) -> frozenset[Any]:
 
 def gathered(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     """Return an array uncut by a mesh of explicit axes, and how to cut it as before."""
-    sharding: Any = getattr(_type_of(x), "sharding", None)
-    if all(axis is None for axis in getattr(sharding, "spec", ())):
+    if not is_cut(x):
         return x, lambda y: y
+    sharding: Any = jax.typeof(x).sharding
     nowhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
     reshard = jax.sharding.reshard
     return reshard(x, nowhere), lambda y: reshard(y, sharding)
+
+
+def cut_like(like: Any, tree: Any) -> Any:
+    """Return a tree cut by a mesh of explicit axes as another is."""
+
+    def cut(x: Array, y: Array) -> Array:
+        return jax.sharding.reshard(y, jax.typeof(x).sharding) if is_cut(x) else y
+
+    return jax.tree.map(cut, like, tree)
+
+
+def is_cut(x: Array) -> bool:
+    """Whether a mesh of explicit axes cuts an array."""
+    sharding: Any = getattr(_type_of(x), "sharding", None)
+    return any(axis is not None for axis in getattr(sharding, "spec", ()))
 
 
 def _type_of(x: Any) -> Any:

@@ -52,11 +52,15 @@ class CurvatureAverage:
     initial_refreshes: int | Array
     averaging: AveragingRule | None
     nu_dtype: Any
+    eps: ArrayLike
+    hessian_power: ArrayLike
     reuse_estimate: bool = False
 
     def __post_init__(self) -> None:
         """Check all arguments."""
         checks.check_float("b2", self.b2, 0.0, 1.0)
+        checks.check_float("eps", self.eps, 0.0)
+        checks.check_float("hessian_power", self.hessian_power, 0.0, exclusive=True)
         checks.check_choice("hessian_ema", self.hessian_ema, ("rms", "mean"))
         checks.check_int("update_interval", self.update_interval, 1, traceable=True)
         checks.check_int("initial_refreshes", self.initial_refreshes, 0, traceable=True)
@@ -206,6 +210,13 @@ class CurvatureAverage:
             estimator_state=estimator_state,
         )
         return new, nu, mu
+
+    def denominator(self, v: Array) -> Array:
+        """Return what momentum is divided by where the average is v."""
+        h = jnp.sqrt(v) if self.order == 2 else jnp.abs(v)
+        if not is_static(self.hessian_power, 1):
+            h = h ** as_dtype(self.hessian_power, h.dtype)
+        return h + as_dtype(self.eps, h.dtype)
 
     def _terms(self, state: CurvatureState) -> Array:
         """Return how many times the average has moved."""

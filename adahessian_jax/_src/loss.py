@@ -164,9 +164,17 @@ class Loss:
         weights = weights.reshape(*weights.shape, *[1] * (outputs.ndim - weights.ndim))
         if self.reduction == "sum":
             return weights
-        total = jnp.sum(weights) * (math.prod(rows) / max(weights.size, 1))
-        total = sum_over_axis(total, axis_name)
+        total = sum_over_axis(self._total(outputs, weights), axis_name)
         return weights / jnp.where(total > 0, total, 1)
+
+    def total_weight(self, outputs: Array, where: Any = None) -> Array:
+        """Return the sum of the weights of all rows, shape (): 1s, or ``where``."""
+        weights = self.replace(reduction="sum").row_weights(outputs, where)
+        return self._total(outputs, weights)
+
+    def _total(self, outputs: Array, weights: Array) -> Array:
+        rows = outputs.shape[: outputs.ndim - self.event_ndim]
+        return jnp.sum(weights) * (math.prod(rows) / max(weights.size, 1))
 
     def check(
         self,
@@ -278,6 +286,20 @@ the reduction, the weights or the loss.
 def masked(x: Array, weights: Array) -> Array:
     """Return an array with zeros in the rows that have no weight."""
     return jnp.where(weights > 0, x, 0)
+
+
+def reduction_of(given: str | None, loss: Any) -> str:
+    """Return how the losses of parts are reduced, by a loss object or as given."""
+    if given is not None:
+        checks.check_choice("reduction", given, ("mean", "sum"))
+    if loss is None:
+        return given or "mean"
+    if given not in (None, loss.reduction):
+        raise ValueError(
+            f"reduction={given!r} contradicts {loss!r}: it is said on the loss, as"
+            f" loss.replace(reduction={given!r})."
+        )
+    return str(loss.reduction)
 
 
 def check_loss(loss: Any) -> None:

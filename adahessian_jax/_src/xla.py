@@ -39,6 +39,18 @@ def scan(step: Any, carry: Any, xs: Any, *, unroll: bool) -> tuple[Any, Any]:
     return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 
 
+def while_loop(go_on: Any, step: Any, carry: Any) -> Any:
+    """Do as ``jax.lax.while_loop`` if something is traced, and else as a Python loop.
+
+    Outside ``jit`` every call of ``jax.lax.while_loop`` would compile its body again.
+    """
+    if is_traced(carry):
+        return jax.lax.while_loop(go_on, step, carry)
+    while go_on(carry):
+        carry = step(carry)
+    return carry
+
+
 def is_traced(tree: Any) -> bool:
     """Whether any leaf is known only while running."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))

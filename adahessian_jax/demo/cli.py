@@ -51,8 +51,8 @@ _DESCRIPTION = """\
 Train a small Flax network with Adam, with AdaHessian, and with what this library
 recommends, newton: from the same initial weights, on the same batches in the same
 order, with the same warm-up and cosine decay of the learning rate. Prints a table
-of losses, accuracies and times, and plots the losses. Takes a few minutes on two
-CPU cores.
+of losses, accuracies and times; plots losses, the sharpness of the loss and the
+size of the steps. Takes a few minutes on two CPU cores.
 """
 
 _EPILOG = """\

@@ -16,11 +16,13 @@ from rich.progress import (
 )
 
 import adahessian_jax as ah
-from adahessian_jax.demo.data import DataError, load_digits, load_shakespeare
+from adahessian_jax.demo.curvature import LOSS, make_look
+from adahessian_jax.demo.data import DataError, load_digits, load_shakespeare, thin
 from adahessian_jax.demo.models import CharTransformer, ConvNet
 from adahessian_jax.demo.report import COLORS, plot, summary, table
-from adahessian_jax.demo.training import LOSS, Run, train, warmup_cosine
+from adahessian_jax.demo.training import Run, train, warmup_cosine
 
+SAMPLE = {"digits": 200, "shakespeare": 32}  # examples to see the sharpness on
 TASKS = {
     "digits": (load_digits, ConvNet),
     "shakespeare": (load_shakespeare, CharTransformer),
@@ -48,6 +50,7 @@ def compare(args: argparse.Namespace) -> dict[str, Run]:
             f" training examples, got {args.batch_size}."
         )
     model = network(data.n_classes)
+    look = make_look(model, thin(data.train, SAMPLE[args.task]))
     device = jax.devices()[0].device_kind
     about = f"{data.source}\n{args.steps} steps of {args.batch_size} on {device}\n"
     console.print(about, markup=False, soft_wrap=True)
@@ -82,6 +85,7 @@ def compare(args: argparse.Namespace) -> dict[str, Run]:
                 steps=args.steps,
                 batch_size=args.batch_size,
                 seed=args.seed,
+                look=look,
                 on_step=show,
             )
 

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
 from rich import box
 from rich.table import Table
 
@@ -63,26 +64,39 @@ def step_ms(run: Run) -> float:
 
 
 def plot(runs: dict[str, Run], path: Path, *, title: str) -> None:
-    """Save the losses against steps and against seconds."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    """Save losses against steps and seconds; sharpness and step sizes against steps."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    by_step, by_second = figure.subplots(1, 2, sharey=True)
+    (by_step, by_second), (sharpness, sizes) = figure.subplots(2, 2)
     for name, run in runs.items():
-        batches = _binned(run.batch_curve, n_bins=50)
+        batches, color = _binned(run.batch_curve, n_bins=50), COLORS[name]
         for axes, of in ((by_step, "steps"), (by_second, "seconds")):
-            color = COLORS[name]
             axes.plot(getattr(batches, of), batches.losses, color=color, alpha=0.4)
             x = getattr(run.test_curve, of)
             axes.plot(x, run.test_curve.losses, color=color, lw=2, marker="o", ms=3)
+        steps, (low, median, high) = run.looks.steps, np.transpose(run.looks.step_sizes)
+        for axes, y in ((sharpness, run.looks.sharpness), (sizes, median)):
+            axes.plot(steps, _above_0(y), color=color, lw=2, marker="o", ms=3)
+        sizes.fill_between(steps, _above_0(low), _above_0(high), color=color, alpha=0.1)
     by_step.set(xlabel="steps", ylabel="loss (cross-entropy)")
     by_second.set(xlabel="seconds of training, without compilation")
-    for axes in (by_step, by_second):
-        _style(axes, runs)
-    figure.legend(
-        handles=_legend(runs), loc="outside lower center", ncols=3, frameon=False
-    )
+    sharpness.set(xlabel="steps", ylabel="sharpness (largest eigenvalue)", yscale="log")
+    sizes.set(xlabel="steps", ylabel="step of a unit of momentum", yscale="log")
+    by_second.sharey(by_step)
+    for axes in (by_step, by_second, sharpness, sizes):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _scale_losses(by_step, runs)
+    handles = _legend(runs)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
+
+
+def _above_0(values: ArrayLike) -> np.ndarray:
+    """Leave out what a logarithmic axis can't show."""
+    values = np.asarray(values, float)
+    return np.where(values > 0, values, np.nan)
 
 
 def _legend(runs: dict[str, Run]) -> list[Line2D]:
@@ -95,9 +109,7 @@ def _legend(runs: dict[str, Run]) -> list[Line2D]:
     return test + train
 
 
-def _style(axes: Axes, runs: dict[str, Run]) -> None:
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+def _scale_losses(axes: Axes, runs: dict[str, Run]) -> None:
     losses = np.concatenate([r.batch_curve.losses for r in runs.values()])
     losses = losses[np.isfinite(losses) & (losses > 0)]
     if len(losses) and losses.max() > 20 * losses.min():

@@ -10,15 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import adahessian_jax as ah
+from adahessian_jax.demo.curvature import LOSS, Looks
 from adahessian_jax.demo.data import Dataset, Examples, batches, thin
 
 EVAL_CHUNK = 500  # examples that are evaluated at a time
-LOSS = ah.losses.softmax_cross_entropy
 
 TrainStep = Callable[
     [optax.Params, optax.OptState, Examples],
-    tuple[optax.Params, optax.OptState, jax.Array],
+    tuple[optax.Params, optax.OptState, optax.Updates, jax.Array],
 ]
 
 
@@ -46,6 +45,7 @@ class Run(NamedTuple):
     seconds: float  # of all training steps, without compilation and evaluation
     batch_curve: Curve  # loss of each training batch, before the step it was used in
     test_curve: Curve
+    looks: Looks
 
 
 def make_train_step(model: nn.Module, tx: optax.GradientTransformation) -> TrainStep:
@@ -55,7 +55,7 @@ def make_train_step(model: nn.Module, tx: optax.GradientTransformation) -> Train
 
     def train_step(
         params: optax.Params, opt_state: optax.OptState, batch: Examples
-    ) -> tuple[optax.Params, optax.OptState, jax.Array]:
+    ) -> tuple[optax.Params, optax.OptState, optax.Updates, jax.Array]:
         def predict_fn(params: optax.Params) -> Any:
             return model.apply(params, batch.inputs)
 
@@ -66,7 +66,7 @@ def make_train_step(model: nn.Module, tx: optax.GradientTransformation) -> Train
         updates, opt_state = tx.update(
             grads, opt_state, params, obj_fn=loss_fn, predict_fn=predict_fn
         )
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, updates, loss
 
     return train_step
 
@@ -79,6 +79,7 @@ def train(
     steps: int,
     batch_size: int,
     seed: int,
+    look: Callable[..., None],
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Run:
     """Train from scratch.
@@ -93,6 +94,7 @@ def train(
       steps: how many batches to train on.
       batch_size: how many examples are in a batch.
       seed: of the initial weights and of the order of the batches.
+      look: from :func:`adahessian_jax.demo.curvature.make_look`, called now and then.
       on_step: called after each step with its number and the loss of its batch.
 
     Returns:
@@ -114,18 +116,20 @@ def train(
     compile_seconds = time.perf_counter() - start
 
     batch_curve, test_curve = Curve([], [], []), Curve([], [], [])
+    looks = Looks([], [], [])
     _add(test_curve, 0, 0.0, score(params, data.test).loss)
     test_interval = max(1, steps // 20)
     seconds = 0.0
     for step in range(1, steps + 1):
         batch = next(stream)
         start = time.perf_counter()
-        params, opt_state, loss = train_step(params, opt_state, batch)
+        params, opt_state, updates, loss = train_step(params, opt_state, batch)
         batch_loss = float(loss)  # waits for the step to end
         seconds += time.perf_counter() - start
         _add(batch_curve, step, seconds, batch_loss)
         if step % test_interval == 0 or step == steps:
             _add(test_curve, step, seconds, score(params, data.test).loss)
+            look(looks, step, params, opt_state, updates)
         on_step(step, batch_loss)
 
     return Run(
@@ -135,6 +139,7 @@ def train(
         seconds=seconds,
         batch_curve=batch_curve,
         test_curve=test_curve,
+        looks=looks,
     )
 
 

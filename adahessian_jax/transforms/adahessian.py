@@ -25,7 +25,7 @@ from adahessian_jax._src.dtypes import (
     never_estimated,
 )
 from adahessian_jax._src.estimator import Estimator
-from adahessian_jax._src.moving_average import as_dtype, debias, ema, is_static
+from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax.estimators.eigenbasis import find_bases
 from adahessian_jax.estimators.hutchinson import hutchinson
@@ -106,25 +106,29 @@ def scale_by_adahessian(
     """
     if estimator is None:
         estimator = hutchinson()
-    when = update_interval, initial_refreshes
-    average = CurvatureAverage(b2, hessian_ema, estimator, *when, averaging, nu_dtype)
-    options = clip_threshold, nesterov, mu_dtype
-    return divide_by(average, b1, eps, hessian_power, *options)
+    average = CurvatureAverage(
+        b2,
+        hessian_ema,
+        estimator,
+        update_interval,
+        initial_refreshes,
+        averaging,
+        nu_dtype,
+        eps,
+        hessian_power,
+    )
+    return divide_by(average, b1, clip_threshold, nesterov, mu_dtype)
 
 
 def divide_by(
     curvature_average: CurvatureAverage,
     b1: Any,
-    eps: Any,
-    hessian_power: Any,
     clip_threshold: Any = None,
     nesterov: Any = False,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide an average of the gradient by one of curvature, of any kind."""
     check_float("b1", b1, 0.0, 1.0)
-    check_float("eps", eps, 0.0)
-    check_float("hessian_power", hessian_power, 0.0, exclusive=True)
     if clip_threshold is not None:
         check_float("clip_threshold", clip_threshold, 0.0, exclusive=True)
     check_flag("nesterov", nesterov)
@@ -173,12 +177,9 @@ def divide_by(
                 return jnp.zeros_like(p)
             dtype, never = accumulation_dtype(m, v), never_estimated(v)
             m, v = m.astype(dtype), v.astype(dtype)
-            h = jnp.sqrt(v) if curvature_average.order == 2 else jnp.abs(v)
-            if not is_static(hessian_power, 1):
-                h = h ** as_dtype(hessian_power, dtype)
             # A gradient that is NaN stays so.
             numerator = m * jnp.where(never, 0, mu_scale.astype(dtype))
-            step = numerator / (h + as_dtype(eps, dtype))
+            step = numerator / curvature_average.denominator(v)
             if clip_threshold is not None:
                 bound = as_dtype(clip_threshold, dtype)
                 step = jnp.clip(step, -bound, bound)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanczos' method for the largest eigenvalues of a symmetric matrix."""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adahessian_jax._src.axes import cut_like, is_cut
+from adahessian_jax._src.derivatives import Floats, squared_norm
+from adahessian_jax._src.xla import is_traced, while_loop
+
+
+class Krylov(NamedTuple):
+    """An orthonormal basis of at most m vectors, and the matrix in it.
+
+    Attributes:
+      vectors: (m, ...) for each leaf; those that are still to come are zero.
+      newest: the vector that the matrix is to be multiplied by next.
+      tridiagonal: the matrix between the vectors, shape (m, m).
+      n: how many products were made, shape ().
+      rest: what the last product has outside of the basis, its norm, shape ().
+      restarted: whether nothing was once outside, and a random vector took its place,
+        shape (), bool.
+    """
+
+    vectors: Floats
+    newest: Floats
+    tridiagonal: Array
+    n: Array
+    rest: Array
+    restarted: Array
+
+
+class Ritz(NamedTuple):
+    """The k largest eigenvalues by magnitude, in a basis.
+
+    Attributes:
+      values: shape (k,).
+      coordinates: of their vectors, shape (m, k).
+      residuals: norms of the matrix times a vector less the value times it, (k,).
+    """
+
+    values: Array
+    coordinates: Array
+    residuals: Array
+
+
+def lanczos(
+    product: Callable[[Floats], Floats],
+    start: Floats,
+    key: Array,
+    *,
+    known: bool,
+    k: int,
+    rtol: float,
+    max_products: int,
+) -> tuple[Ritz, Floats, Array]:
+    """Find the k largest eigenvalues by magnitude, and their vectors.
+
+    Args:
+      product: multiplies a vector by the matrix, leaves of one dtype, float32 or wider.
+      start: where to begin, not zero.
+      key: of the vectors to go on with where a product lies in the basis.
+      known: whether ``start`` is of the wanted vectors alone.
+      k: how many.
+      rtol: the residuals that suffice, relative to the largest eigenvalue.
+      max_products: where to stop, at least k and at most the size of the matrix.
+
+    Returns:
+      The eigenvalues, their vectors, (k, ...) for each leaf, and the number of
+      products. Each vector is made orthogonal to all earlier ones, and again.
+    """
+
+    def go_on(krylov: Krylov) -> Array:
+        return _unfinished(krylov, rtol, k, known)
+
+    def step(krylov: Krylov) -> Krylov:
+        return _extended(krylov, product(krylov.newest), key)
+
+    krylov = _first(start, max_products)
+    if not is_traced(krylov):  # by now, but maybe by what the product brings in
+        krylov = step(krylov)
+    krylov = while_loop(go_on, step, krylov)
+    return *_ritz_and_vectors(krylov, k), krylov.n
+
+
+# Compiled once, where what calls them is not: a product may be of any function.
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first(start: Floats, m: int) -> Krylov:
+    # In this way a mesh of explicit axes cuts the basis as it does the vectors.
+    empty = ((jnp.zeros_like(x)[None], (m, *x.shape)) for x in start)
+    norm = jnp.sqrt(squared_norm(start))
+    return Krylov(
+        [jnp.broadcast_to(*x) for x in empty],
+        [x / norm for x in start],
+        jnp.zeros((m, m), norm.dtype),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros_like(norm),
+        jnp.zeros((), bool),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _extended(krylov: Krylov, image: Floats, key: Array) -> Krylov:
+    basis, newest, t, n, _, restarted = krylov
+    put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=n, axis=0)
+    basis = [put(b, x) for b, x in zip(basis, newest, strict=True)]
+    products = [jnp.sum(x * y) for x, y in zip(newest, image, strict=True)]
+    t = t.at[n, n].set(sum(products[1:], start=products[0]))
+    image = _outside(basis, image)
+    # Nothing but rounding is left, or it is not a number: a random vector then.
+    least = 100 * jnp.finfo(t.dtype).eps * jnp.max(jnp.abs(t))
+    ends = ~(jnp.sqrt(squared_norm(image)) > least)
+    fresh = random_vector(jax.random.fold_in(key, n), image)
+    image = [jnp.where(ends, x, y) for x, y in zip(fresh, image, strict=True)]
+    image = _outside(basis, _outside(basis, image))
+    norm = jnp.sqrt(squared_norm(image))
+    rest, following = jnp.where(ends, 0, norm), jnp.minimum(n + 1, len(t) - 1)
+    coupling = jnp.where(following > n, rest, t[n, following])
+    t = t.at[n, following].set(coupling).at[following, n].set(coupling)
+    newest = [x / norm for x in image]
+    return Krylov(basis, newest, t, n + 1, rest, restarted | ends)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _unfinished(krylov: Krylov, rtol: float, k: int, known: bool) -> Array:
+    ritz = _ritz(krylov, k)
+    limit = jnp.asarray(rtol, ritz.values.dtype) * jnp.max(jnp.abs(ritz.values))
+    enough = jnp.all(ritz.residuals <= limit) & (krylov.n >= k)
+    if not known:  # then others may lie in what a restarted basis has not seen
+        enough &= ~krylov.restarted
+    lost = ~jnp.all(jnp.isfinite(krylov.tridiagonal))
+    return (krylov.n < len(krylov.tridiagonal)) & ~enough & ~lost
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _ritz_and_vectors(krylov: Krylov, k: int) -> tuple[Ritz, Floats]:
+    ritz = _ritz(krylov, k)
+    return ritz, [jnp.tensordot(ritz.coordinates.T, b, 1) for b in krylov.vectors]
+
+
+def _ritz(krylov: Krylov, k: int) -> Ritz:
+    there = jnp.arange(len(krylov.tridiagonal), dtype=krylov.n.dtype) < krylov.n
+    t = jnp.where(there[:, None] & there, krylov.tridiagonal, 0)
+    values, vectors = jnp.linalg.eigh(t)
+    # Vectors that are still to come have value zero, and rank behind all others.
+    share = jnp.sum(jnp.where(there[:, None], vectors**2, 0), axis=0)
+    chosen = jnp.argsort(jnp.where(share > 0.5, -jnp.abs(values), 1))[:k]
+    values, vectors = values[chosen], vectors[:, chosen]
+    residuals = krylov.rest * jnp.abs(vectors[krylov.n - 1])
+    finite = jnp.all(jnp.isfinite(t))  # what eigh does otherwise is not said
+    values, residuals = (jnp.where(finite, x, jnp.nan) for x in (values, residuals))
+    return Ritz(values, vectors, residuals)
+
+
+@jax.jit
+def random_vector(key: Array, like: Floats) -> Floats:
+    """Draw uniform numbers between -1 and 1."""
+    ends = list(itertools.accumulate(x.size for x in like))
+    numbers = jax.random.uniform(key, (ends[-1],), like[0].dtype, -1, 1)
+    parts = zip(jnp.split(numbers, ends[:-1]), like, strict=True)
+    return cut_like(like, [x.reshape(y.shape) for x, y in parts])
+
+
+def _outside(basis: Floats, vector: Floats) -> Floats:
+    """Return a vector without its share of a basis."""
+    pairs = list(zip(basis, vector, strict=True))
+    inner = [_inner(b, x) for b, x in pairs]
+    shares = sum(inner[1:], start=inner[0])
+    return [x - jnp.tensordot(shares, b, 1) for b, x in pairs]
+
+
+def _inner(basis: Array, x: Array) -> Array:
+    axes = tuple(range(x.ndim))
+    if is_cut(x):  # a product would have to say where its result lies
+        return jnp.sum(basis * x[None], axis=tuple(i + 1 for i in axes))
+    return jnp.tensordot(basis, x, (tuple(i + 1 for i in axes), axes))

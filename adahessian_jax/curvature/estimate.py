@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A diagonal over a whole data set, with its standard error."""
+
+import contextlib
+import functools
+import math
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from adahessian_jax._src import checks
+from adahessian_jax._src.curvature_average import zeros_like
+from adahessian_jax._src.derivatives import split_differentiable, squared_norm
+from adahessian_jax._src.dtypes import accumulation_dtype, map_floats
+from adahessian_jax._src.estimator import Estimator, as_estimator
+from adahessian_jax._src.loss import reduction_of
+from adahessian_jax._src.probes import as_key
+
+
+class DiagonalEstimate(NamedTuple):
+    """The mean of independent estimates of a diagonal, and what goes on with it.
+
+    Trees have the structure and shapes of the parameters, in float32 or wider, with
+    zeros at leaves that are held fixed.
+
+    Attributes:
+      mean: of all whole samples.
+      deviations: the sum of their squared distances from it.
+      trace: of the mean, shape ().
+      trace_deviations: as ``deviations``, of the samples' traces.
+      n_samples: how many whole samples there are.
+      partial: of the sample that was interrupted, the weighted sum over batches.
+      partial_weight: the sum of their weights, shape ().
+      n_batches: how many these are.
+      key: the PRNG key that the signs of all samples come from.
+    """
+
+    mean: optax.Params
+    deviations: optax.Params
+    trace: Array
+    trace_deviations: Array
+    n_samples: int
+    partial: optax.Params
+    partial_weight: Array
+    n_batches: int
+    key: Array
+
+    @property
+    def standard_error(self) -> optax.Params:
+        """That of each entry of the mean, a tree like it; NaN below two samples."""
+        return map_floats(self._error, self.deviations)
+
+    @property
+    def trace_standard_error(self) -> Array:
+        """The standard error of the trace, shape ()."""
+        return self._error(self.trace_deviations)
+
+    @property
+    def relative_error(self) -> Array:
+        r"""The root of :math:`\sum_i s_i^2 / \sum_i d_i^2`, shape ().
+
+        With standard errors s and, for the true diagonal d, the mean's squares less
+        those of s; infinite where nothing is left, and below two samples.
+        """
+        error = squared_norm(split_differentiable(self.standard_error)[0])
+        true = squared_norm(split_differentiable(self.mean)[0]) - error
+        ratio = jnp.sqrt(error / jnp.where(true > 0, true, 1))
+        zero = error == 0  # of a diagonal that is known, zero or not
+        return jnp.where(zero, 0, jnp.where(true > 0, ratio, jnp.inf))
+
+    def _error(self, deviations: Array) -> Array:
+        n = self.n_samples
+        return jnp.sqrt(deviations / n / (n - 1)) if n > 1 else deviations * jnp.nan
+
+
+def estimate_diagonal(
+    fun: Callable[[optax.Params, Any], Any],
+    params: optax.Params,
+    batches: Iterable[Any],
+    estimator: optax.GradientTransformation,
+    *,
+    n_samples: int | None = None,
+    rtol: float | None = None,
+    labels_fn: Callable[[Any], Any] | None = None,
+    reduction: str | None = None,
+    start: DiagonalEstimate | None = None,
+    progress: bool = False,
+    seed: int | Array = 0,
+) -> DiagonalEstimate:
+    r"""Estimate a diagonal over a whole data set, with the error of each entry.
+
+    A sample is an estimate on every batch, each with signs of its own, averaged as the
+    loss is. Samples are independent and have the diagonal as their mean, so that they
+    show their own error.
+
+    Args:
+      fun: ``(params, batch)`` to the loss, for :func:`adahessian_jax.hutchinson`; to
+        the network's outputs or ``(outputs, where)`` for
+        :func:`adahessian_jax.gauss_newton`.
+      params: any pytree of arrays. Integer and boolean leaves are held fixed.
+      batches: gone through once for each sample, in the same order: a list, or a data
+        loader that does not shuffle. Each shape of a batch compiles anew.
+      estimator: ``hutchinson()`` or ``gauss_newton(loss)``.
+      n_samples: how many samples, those of ``start`` included. At least this or
+        ``rtol``; whichever is there first ends it.
+      rtol: the ``relative_error`` that suffices, after three samples or more.
+      labels_fn: from a batch to labels, for a loss whose curvature depends on them.
+      reduction: ``"mean"`` or ``"sum"`` over batches. By default that of the
+        estimator's loss, or a mean. In a mean, batches have the weight of their rows,
+        those of the outputs, or the first axis of their arrays with ``hutchinson``.
+      start: what an earlier call returned, to go on with, to the same end as if that
+        had not ended.
+      progress: whether to show a bar; needs the package ``rich``.
+      seed: an int or a PRNG key; with ``start`` its own is used.
+
+    Returns:
+      The :class:`.DiagonalEstimate`. Ctrl-C ends at the next batch, with a warning, and
+      returns what there is.
+
+    Raises:
+      ValueError: if an argument is out of range, there is no batch or no row with
+        weight, or an estimate is not finite.
+      TypeError: if an argument is of the wrong type, or a parameter is complex.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> import adahessian_jax as ah
+      >>> x = jax.random.normal(jax.random.key(0), (6, 3))
+      >>> estimate = ah.estimate_diagonal(
+      ...   lambda w, x: x @ w, jnp.ones(3), [x[:4], x[4:]],
+      ...   ah.gauss_newton(ah.losses.l2_loss), n_samples=200)
+      >>> error = estimate.mean - jnp.mean(x**2, axis=0)
+      >>> bool(jnp.all(jnp.abs(error) < 4 * estimate.standard_error))
+      True
+
+    .. note::
+      It keeps three copies of the parameters, beside what an estimate takes. Intervals
+      of the mean ± 1.96 standard errors hold for many samples; with fewer than about
+      thirty use Student's t.
+    """
+    checks.check_callable("fun", fun, "(params, batch) -> loss or outputs")
+    checks.check_params(params)
+    checks.check_real("params", params)
+    checks.check_seed(seed)
+    checks.check_flag("progress", progress)
+    if n_samples is None and rtol is None:
+        raise ValueError("n_samples or rtol must be given: it would never end.")
+    if labels_fn is not None:
+        checks.check_callable("labels_fn", labels_fn, "batch -> labels")
+    if n_samples is not None:
+        checks.check_int("n_samples", n_samples, 1)
+    if rtol is not None:
+        checks.check_float("rtol", rtol, 0.0, exclusive=True)
+    again = isinstance(batches, Iterable) and not isinstance(batches, Iterator)
+    rule = "a list or a data loader, to go through again and again"
+    checks.require(again, TypeError, "batches", rule, batches)
+    estimate = _nothing(params, seed) if start is None else _copied(start, params)
+    weighted, mean = _sample_of(fun, params, estimator, labels_fn, reduction)
+    add = jax.jit(weighted, donate_argnums=0)
+    close = jax.jit(functools.partial(_with_sample, mean=mean), donate_argnums=0)
+    with _bar(progress, batches, n_samples) as show, _interruptible() as interrupted:
+        while not _enough(estimate, n_samples, rtol):
+            seen = 0
+            for seen, batch in enumerate(batches, 1):
+                if seen <= estimate.n_batches:
+                    continue
+                key = jax.random.fold_in(estimate.key, estimate.n_samples)
+                total = estimate.partial, estimate.partial_weight
+                total = add(total, params, batch, jax.random.fold_in(key, seen))
+                estimate = estimate._replace(
+                    partial=total[0], partial_weight=total[1], n_batches=seen
+                )
+                show(estimate)
+                if interrupted:
+                    warnings.warn(
+                        f"Interrupted after {estimate.n_samples} samples and {seen}"
+                        " batches: pass start= what is returned to go on.",
+                        stacklevel=2,
+                    )
+                    return estimate
+            _check_whole(estimate, seen)
+            n = estimate.n_samples + 1
+            estimate = close(estimate)._replace(n_samples=n, n_batches=0)
+            checks.raise_if(~jnp.isfinite(estimate.trace), _NOT_FINITE)
+            show(estimate)
+    return estimate
+
+
+def _sample_of(
+    fun: Any, params: Any, estimator: Any, labels_fn: Any, reduction: str | None
+) -> tuple[Callable[..., Any], bool]:
+    """Return what adds the estimate on a batch, and whether their mean is wanted."""
+    inner: Any = as_estimator(estimator).update
+    known = isinstance(inner, Estimator)
+    leaves, treedef = jax.tree.flatten(estimator.init(params) if known else ())
+    rule = (
+        "hutchinson() without a control variate that learns, or gauss_newton(loss):"
+        " independent estimates in the parameters' own axes"
+    )
+    checks.require(len(leaves) == 1, ValueError, "estimator", rule, estimator)  # a key
+    loss = inner.loss
+    reduction = reduction_of(reduction, loss)
+
+    def weight_of(batch: Any) -> Array | float:
+        if reduction == "sum":
+            return 1.0
+        if loss is not None:
+            outputs = fun(params, batch)
+            pair = outputs if isinstance(outputs, tuple) else (outputs,)
+            return loss.total_weight(*pair)
+        rows = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
+        rule = "arrays of one first axis, its rows, by which it enters the mean"
+        rule += "; or pass reduction='sum', for losses that add up"
+        checks.require(len(rows) == 1, ValueError, "batch", rule, sorted(rows))
+        return float(rows.pop())
+
+    def weighted(total: Any, params: Any, batch: Any, key: Array) -> tuple[Any, Array]:
+        partial, total_weight = total
+        given = {"obj_fn" if loss is None else "predict_fn": lambda p: fun(p, batch)}
+        if labels_fn is not None:
+            given["labels"] = labels_fn(batch)
+        state = jax.tree.unflatten(treedef, [key])
+        *_, diag, _ = inner.value_and_grad(None, state, params, **given)
+        weight = jnp.asarray(weight_of(batch), total_weight.dtype)
+        add = lambda x, d: x + weight.astype(x.dtype) * d.astype(x.dtype)  # noqa: E731
+        return map_floats(add, partial, diag), total_weight + weight
+
+    return weighted, reduction == "mean"
+
+
+_NOT_FINITE = (
+    "fun must have finite second derivatives at params, and an estimate on some batch"
+    " is not finite."
+)
+
+
+def _with_sample(estimate: DiagonalEstimate, *, mean: bool) -> DiagonalEstimate:
+    """Let a sample of all batches enter the mean, by Welford's formula."""
+    weight = estimate.partial_weight if mean else jnp.ones_like(estimate.trace)
+    n = jnp.asarray(estimate.n_samples + 1, weight.dtype)
+    sample = map_floats(lambda x: x / weight.astype(x.dtype), estimate.partial)
+    sums = [jnp.sum(x) for x in split_differentiable(sample)[0]]
+    new = sample, sum(sums, start=jnp.zeros_like(weight))
+    old = estimate.mean, estimate.trace
+    spread = estimate.deviations, estimate.trace_deviations
+    later = map_floats(lambda m, x: m + (x - m) / n, old, new)
+    spread = map_floats(
+        lambda d, m, x, y: d + (x - m) * (x - y), spread, old, new, later
+    )
+    zeros = jax.tree.map(jnp.zeros_like, (estimate.partial, weight))
+    return estimate._replace(
+        mean=later[0],
+        deviations=spread[0],
+        trace=later[1],
+        trace_deviations=spread[1],
+        partial=zeros[0],
+        partial_weight=zeros[1],
+    )
+
+
+def _nothing(params: Any, seed: Any) -> DiagonalEstimate:
+    dtype = accumulation_dtype(*jax.tree.leaves(params))
+    # An array each: a buffer can be donated once.
+    mean, deviations, partial = (zeros_like(params, dtype) for _ in range(3))
+    trace, spread, weight = (jnp.zeros((), dtype) for _ in range(3))
+    parts = mean, deviations, trace, spread, 0, partial, weight, 0
+    return DiagonalEstimate(*parts, as_key(seed))
+
+
+def _copied(start: Any, params: Any) -> DiagonalEstimate:
+    """Return a copy of an estimate to go on with, whose arrays are given away."""
+    rule = "what estimate_diagonal returned, or None"
+    is_one = isinstance(start, DiagonalEstimate)
+    checks.require(is_one, TypeError, "start", rule, start)
+    checks.check_like("start.mean", start.mean, params)
+    counts = {"n_samples": int(start.n_samples), "n_batches": int(start.n_batches)}
+    return jax.tree.map(jnp.copy, start)._replace(**counts)
+
+
+def _enough(estimate: Any, n_samples: int | None, rtol: float | None) -> bool:
+    n = estimate.n_samples
+    if n_samples is not None and n >= n_samples:
+        return True
+    return rtol is not None and n >= 3 and bool(estimate.relative_error <= rtol)
+
+
+def _check_whole(estimate: DiagonalEstimate, seen: int) -> None:
+    n = estimate.n_batches
+    checks.require(seen, ValueError, "batches", "at least one batch", seen)
+    rule = f"those that start was interrupted in, {n} or more"
+    checks.require(seen >= n, ValueError, "batches", rule, seen)
+    rule = "of rows of which one at least has weight"
+    weight = float(estimate.partial_weight)
+    checks.require(weight > 0, ValueError, "batches", rule, f"a weight of {weight}")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Let Ctrl-C fill a list, so that it can't fall into the middle of an update.
+
+    A second one interrupts at once.
+    """
+    pressed: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if pressed:
+            signal.default_int_handler(number, frame)
+        pressed.append(number)
+
+    usual = signal.getsignal(signal.SIGINT)
+    own = threading.current_thread() is threading.main_thread()
+    if own and usual is signal.default_int_handler:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        if signal.getsignal(signal.SIGINT) is handler:
+            signal.signal(signal.SIGINT, usual)
+
+
+@contextlib.contextmanager
+def _bar(
+    progress: bool, batches: Any, n_samples: int | None
+) -> Iterator[Callable[[DiagonalEstimate], None]]:
+    """Show how many samples there are, and their error, where that is wanted."""
+    if not progress:
+        yield lambda estimate: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("", total=n_samples)
+        length = len(batches) if hasattr(batches, "__len__") else math.inf
+
+        def show(estimate: DiagonalEstimate) -> None:
+            n, part = estimate.n_samples, estimate.n_batches / length
+            error = None if part else f"error {float(estimate.relative_error):.1%}"
+            bar.update(task, completed=n + part, description=error)
+
+        yield show

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A diagonal over a data set: its mean, its error, and what interrupts it."""
+
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adahessian_jax as ah
+from adahessian_jax import losses
+from tests.problems import dense_ggn, dense_hessian
+
+RNG = np.random.default_rng(0)
+PARAMS = {"a": RNG.normal(size=(4, 3)), "b": RNG.normal(size=(3, 3))}
+X, Y = RNG.normal(size=(11, 4)), RNG.integers(0, 3, size=11)
+WHERE = np.array([1.0, 0, 2, 1, 1, 0.5, 0, 1, 1, 1, 3])
+BATCHES = [(X[i:j], Y[i:j], WHERE[i:j]) for i, j in ((0, 4), (4, 8), (8, 11))]
+SOFTMAX = losses.softmax_cross_entropy
+ROW = losses.of_row(lambda f, y: jnp.exp(f[0] - y) + jnp.sum((f - y) ** 2))
+
+
+def predict(p, x):
+    return jnp.dot(jnp.tanh(jnp.dot(jnp.asarray(x), p["a"])), p["b"])
+
+
+def loss_fn(p, batch):
+    return SOFTMAX(predict(p, batch[0]), jnp.asarray(batch[1]))
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
+def check_estimate(found, exact):
+    """All entries within what 4.5 standard errors of a fixed seed allow."""
+    exact = np.asarray(exact)
+    error = (flat(found.mean) - exact) / flat(found.standard_error)
+    assert np.abs(error).max() < 4.5
+    assert 0.6 < np.sqrt(np.mean(error**2)) < 1.5
+    assert abs(found.trace - exact.sum()) < 4 * found.trace_standard_error
+    np.testing.assert_allclose(found.trace, flat(found.mean).sum(), rtol=1e-6)
+    relative = np.linalg.norm(flat(found.standard_error)) / np.linalg.norm(exact)
+    np.testing.assert_allclose(found.relative_error, relative, rtol=0.1)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_hutchinson(reduction, x64):
+    def of_batch(p, batch):
+        loss = loss_fn(p, batch)
+        return loss if reduction == "mean" else loss * len(batch[0])
+
+    args = of_batch, PARAMS, BATCHES, ah.hutchinson()
+    found = ah.estimate_diagonal(*args, n_samples=400, reduction=reduction)
+    scale = 1 if reduction == "mean" else len(X)
+    matrix = dense_hessian(lambda p: loss_fn(p, (X, Y)), PARAMS) * scale
+    check_estimate(found, np.diag(matrix))
+    assert found.n_samples == 400
+
+
+@pytest.mark.parametrize(
+    ("loss", "masked"),
+    [
+        (SOFTMAX, False),
+        (SOFTMAX, True),
+        (SOFTMAX.replace(reduction="sum"), True),
+        (losses.squared_error, True),
+        (losses.squared_error.replace(event_ndim=1), False),
+        (ROW, True),
+    ],
+    ids=str,
+)
+def test_gauss_newton(loss, masked, x64):
+    labels = ROW.kind == loss.kind
+
+    def outputs(p, batch):
+        f = predict(p, batch[0])
+        return (f, jnp.asarray(batch[2])) if masked else f
+
+    found = ah.estimate_diagonal(
+        outputs,
+        {**PARAMS, "n": np.arange(2)},
+        BATCHES,
+        ah.gauss_newton(loss),
+        n_samples=400,
+        labels_fn=(lambda batch: jnp.asarray(batch[1], float)) if labels else None,
+    )
+    assert not found.mean.pop("n").any()
+    assert not found.deviations.pop("n").any()
+    y = jnp.asarray(Y, float if labels else int)
+    y = jax.nn.one_hot(Y, 3) if loss.kind == "element" else y
+    where = jnp.asarray(WHERE) if masked else None
+    matrix = dense_ggn(
+        lambda f: loss(f, y, where=where), lambda p: predict(p, X), PARAMS
+    )
+    check_estimate(found, np.diag(matrix))
+
+
+@pytest.mark.parametrize("name", ["hutchinson", "gauss_newton"])
+def test_error_bars_cover_at_their_rate(name, x64):
+    """1.96 standard errors of 200 samples: 95 % of all entries, over 100 copies.
+
+    Entries of a copy hang together: the standard deviation of a copy's coverage is 4 to
+    7 %, and of the mean of all at most 0.7 %.
+    """
+    n, factor = 100, name == "gauss_newton"
+    estimator = ah.gauss_newton(SOFTMAX) if factor else ah.hutchinson()
+    copies = jax.tree.map(lambda x: jnp.stack([jnp.asarray(x)] * n), PARAMS)
+
+    def fun(p, batch):
+        outputs = jax.vmap(lambda p: predict(p, batch[0]), out_axes=1)(p)
+        labels = jnp.stack([jnp.asarray(batch[1])] * n, axis=1)
+        return outputs if factor else SOFTMAX(outputs, labels)
+
+    args = fun, copies, BATCHES, estimator
+    found = ah.estimate_diagonal(*args, n_samples=200)
+    if factor:
+        y = jnp.asarray(Y)
+        matrix = dense_ggn(lambda f: SOFTMAX(f, y), lambda p: predict(p, X), PARAMS)
+    else:
+        matrix = dense_hessian(lambda p: loss_fn(p, (X, Y)), PARAMS)
+    sizes = [x.reshape(n, -1) for x in jax.tree.leaves(found.mean)]
+    errors = [x.reshape(n, -1) for x in jax.tree.leaves(found.standard_error)]
+    error = np.abs(np.concatenate(sizes, 1) - np.diag(matrix) / n)
+    covered = np.mean(error < 1.96 * np.concatenate(errors, 1))
+    assert 0.93 < covered < 0.97
+
+
+def test_exact_where_nothing_is_random(x64):
+    """Batches have the weight of their rows, and the error of one sample is unknown."""
+
+    def fun(w, x):
+        return jnp.mean(jnp.sum(jnp.asarray(x) ** 2 * w**2, axis=1)) / 2
+
+    batches, w = [x for x, _, _ in BATCHES], jnp.ones(4)
+    found = ah.estimate_diagonal(fun, w, batches, ah.hutchinson(), rtol=0.1)
+    assert found.n_samples == 3
+    assert found.relative_error == 0
+    np.testing.assert_allclose(found.mean, np.mean(X**2, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.standard_error, np.zeros(4))
+    one = ah.estimate_diagonal(fun, w, batches, ah.hutchinson(), n_samples=1)
+    np.testing.assert_allclose(one.mean, found.mean)
+    assert np.isnan(one.standard_error).all()
+    assert np.isnan(one.trace_standard_error)
+
+
+def coupled(w, x):
+    """A cheap function whose Hessian is not diagonal."""
+    return jnp.mean(jnp.dot(jnp.asarray(x), w) ** 4)
+
+
+COUPLED = coupled, np.ones(4, np.float32), [X[:4], X[4:8], X[7:]], ah.hutchinson()
+
+
+def test_until_a_relative_error():
+    args = COUPLED
+    found = ah.estimate_diagonal(*args, rtol=0.3)
+    assert found.relative_error <= 0.3
+    before = ah.estimate_diagonal(*args, n_samples=found.n_samples - 1)
+    assert before.relative_error > 0.3
+    assert ah.estimate_diagonal(*args, n_samples=4, rtol=1e-6).n_samples == 4
+
+
+class Interrupting(list):
+    """Batches during whose n-th delivery the user presses Ctrl-C, once or more."""
+
+    def __init__(self, batches, n, times=1):
+        super().__init__(batches)
+        self.n, self.times = n, times
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.n -= 1
+            for _ in range(self.times if self.n == 0 else 0):
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+
+@pytest.mark.parametrize("n", [1, 5, 6])
+def test_interrupted_and_resumed(n):
+    """Nothing is lost, and the end is the same to the last bit."""
+    args = COUPLED
+    whole = ah.estimate_diagonal(*args, n_samples=5, seed=1)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.warns(UserWarning, match=f"after {(n - 1) // 3} samples and"):
+        part = ah.estimate_diagonal(
+            *args[:2], Interrupting(args[2], n), args[3], n_samples=5, seed=1
+        )
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (part.n_samples, part.n_batches) == ((n - 1) // 3, (n - 1) % 3 + 1)
+    stored = jax.tree.map(np.array, part)
+    for start in (part, stored):  # as from a file
+        ended = ah.estimate_diagonal(*args, n_samples=5, start=start)
+        for x, y in zip(*map(jax.tree.leaves, (ended, whole)), strict=True):
+            np.testing.assert_array_equal(x, y)
+    if part.n_batches > 1:
+        with pytest.raises(ValueError, match="batches must be those that start was"):
+            ah.estimate_diagonal(*args[:2], [X], args[3], n_samples=5, start=part)
+
+
+def test_a_second_interrupt_is_at_once():
+    fun, w, batches, estimator = COUPLED
+    batches = Interrupting(batches, 2, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        ah.estimate_diagonal(fun, w, batches, estimator, n_samples=5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_memory():
+    """Three copies of the parameters, and none is copied where a batch is added."""
+    params = {"w": jnp.ones((300, 200), jnp.bfloat16)}
+    args = (
+        lambda p, x: jnp.sum(p["w"].astype(jnp.float32) ** 4) * x.mean(),
+        params,
+        [jnp.ones(3)],
+    )
+    found = ah.estimate_diagonal(*args, ah.hutchinson(), n_samples=2)
+    held = sum(x.nbytes for x in jax.tree.leaves(found) if hasattr(x, "nbytes"))
+    assert held < 3.01 * 4 * 60_000
+    assert found.mean["w"].dtype == jnp.float32
+    np.testing.assert_allclose(found.mean["w"], 12, rtol=1e-2)
+
+
+def test_progress(capsys):
+    ah.estimate_diagonal(*COUPLED, n_samples=3, progress=True)
+    shown = capsys.readouterr().out
+    assert "error" in shown
+    assert "100%" in shown
+
+
+GIVEN = {"fun": loss_fn, "params": PARAMS, "batches": BATCHES}
+GIVEN |= {"estimator": ah.hutchinson(), "n_samples": 2}
+BAD = {
+    "n_samples or rtol must be given": {"n_samples": None},
+    "batches must be a list or a data loader": {"batches": iter(BATCHES)},
+    "batches must be at least one batch, got 0": {"batches": []},
+    "fun must have finite second": {"fun": lambda p, _: jnp.inf * jnp.sum(p["a"] ** 2)},
+    "batch must be arrays of one first axis": {"batches": [(X, Y, WHERE[:3])]},
+    "batches must be of rows of which one": {
+        "estimator": ah.gauss_newton(SOFTMAX),
+        "fun": lambda p, batch: (predict(p, batch[0]), 0.0 * batch[2]),
+    },
+    "The curvature of .* depends on the labels": {
+        "estimator": ah.gauss_newton(ROW),
+        "fun": lambda p, batch: predict(p, batch[0]),
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input(message):
+    kind = TypeError if "data loader" in message else ValueError
+    with pytest.raises(kind, match=message):
+        ah.estimate_diagonal(**{**GIVEN, **BAD[message]})
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ah.squared_gradient(),
+        ah.in_eigenbasis(ah.gauss_newton(SOFTMAX)),
+        ah.hutchinson(control_variate=ah.ema_control()),
+        ah.hutchinson(control_variate=ah.low_rank_control(2)),
+        ah.adahessian(0.1),
+    ],
+    ids=["squared", "turned", "ema", "low_rank", "optimizer"],
+)
+def test_estimators_whose_samples_are_not_independent(estimator):
+    with pytest.raises(ValueError, match=r"estimator must be|ema_control needs"):
+        ah.estimate_diagonal(**{**GIVEN, "estimator": estimator})
