@@ -128,7 +128,9 @@ def largest_eigenvalues(
     .. note::
       It keeps ``max_products + 1`` copies of the parameters. An eigenvalue that occurs
       several times counts once, unless the matrix has few others. A ``start`` follows
-      the vectors that it has: ask for k = 2 where another may overtake them.
+      the vectors that it has: ask for k = 2 where another may overtake them. The
+      momentum of ``optax.sgd`` adds gradients up in place of averaging: its learning
+      rate is that above times 1 less its decay.
     """
     checks.check_callable("fun", fun, "params -> loss, or outputs with a loss object")
     checks.check_int("k", k, 1)

@@ -164,16 +164,15 @@ def estimate_diagonal(
     estimate = _nothing(params, seed) if start is None else _copied(start, params)
     weighted, mean = _sample_of(fun, params, estimator, labels_fn, reduction)
     add = jax.jit(weighted, donate_argnums=0)
-    close = jax.jit(functools.partial(_with_sample, mean=mean), donate_argnums=0)
     with _bar(progress, batches, n_samples) as show, _interruptible() as interrupted:
         while not _enough(estimate, n_samples, rtol):
             seen = 0
             for seen, batch in enumerate(batches, 1):
                 if seen <= estimate.n_batches:
                     continue
-                key = jax.random.fold_in(estimate.key, estimate.n_samples)
                 total = estimate.partial, estimate.partial_weight
-                total = add(total, params, batch, jax.random.fold_in(key, seen))
+                place = estimate.key, estimate.n_samples, seen
+                total = add(total, params, batch, *place)
                 estimate = estimate._replace(
                     partial=total[0], partial_weight=total[1], n_batches=seen
                 )
@@ -187,7 +186,7 @@ def estimate_diagonal(
                     return estimate
             _check_whole(estimate, seen)
             n = estimate.n_samples + 1
-            estimate = close(estimate)._replace(n_samples=n, n_batches=0)
+            estimate = _with_sample(estimate, mean)._replace(n_samples=n, n_batches=0)
             checks.raise_if(~jnp.isfinite(estimate.trace), _NOT_FINITE)
             show(estimate)
     return estimate
@@ -208,7 +207,7 @@ def _sample_of(
     loss = inner.loss
     reduction = reduction_of(reduction, loss)
 
-    def weight_of(batch: Any) -> Array | float:
+    def weight_of(params: Any, batch: Any) -> Array | float:
         if reduction == "sum":
             return 1.0
         if loss is not None:
@@ -221,14 +220,17 @@ def _sample_of(
         checks.require(len(rows) == 1, ValueError, "batch", rule, sorted(rows))
         return float(rows.pop())
 
-    def weighted(total: Any, params: Any, batch: Any, key: Array) -> tuple[Any, Array]:
+    def weighted(
+        total: Any, params: Any, batch: Any, key: Array, sample: int, place: int
+    ) -> tuple[Any, Array]:
         partial, total_weight = total
+        key = jax.random.fold_in(jax.random.fold_in(key, sample), place)
         given = {"obj_fn" if loss is None else "predict_fn": lambda p: fun(p, batch)}
         if labels_fn is not None:
             given["labels"] = labels_fn(batch)
         state = jax.tree.unflatten(treedef, [key])
         *_, diag, _ = inner.value_and_grad(None, state, params, **given)
-        weight = jnp.asarray(weight_of(batch), total_weight.dtype)
+        weight = jnp.asarray(weight_of(params, batch), total_weight.dtype)
         add = lambda x, d: x + weight.astype(x.dtype) * d.astype(x.dtype)  # noqa: E731
         return map_floats(add, partial, diag), total_weight + weight
 
@@ -241,7 +243,8 @@ _NOT_FINITE = (
 )
 
 
-def _with_sample(estimate: DiagonalEstimate, *, mean: bool) -> DiagonalEstimate:
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _with_sample(estimate: DiagonalEstimate, mean: bool) -> DiagonalEstimate:
     """Let a sample of all batches enter the mean, by Welford's formula."""
     weight = estimate.partial_weight if mean else jnp.ones_like(estimate.trace)
     n = jnp.asarray(estimate.n_samples + 1, weight.dtype)
