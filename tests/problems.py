@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small problems with known or easily computed Hessians."""
+"""Small problems with known or easily computed Hessians, and which are at once."""
 
 import itertools
 from typing import NamedTuple
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 from adahessian_jax._src.orthogonal import Reflectors, multiply_along
@@ -96,3 +97,9 @@ def opaque(x):
 
 
 opaque.defvjp(lambda x: (opaque(x), x), lambda x, c: (c / jnp.cosh(x) ** 2,))
+
+
+def at_once(values, some):
+    """Mark values as slow but for some."""
+    slow = {"marks": pytest.mark.slow}
+    return [pytest.param(x, **({} if x in some else slow)) for x in values]

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import adahessian_jax as ah
 from adahessian_jax._src.axes import as_varying
+from tests.problems import at_once
 
 N = 8
 pytestmark = pytest.mark.skipif(
@@ -137,12 +138,6 @@ assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e
 def mesh_of(n=N, kind="Auto"):
     kinds = {"axis_types": (getattr(TYPES, kind),)} if TYPES else {}
     return jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], **kinds)
-
-
-def at_once(values, some):
-    """Mark values as slow but for some."""
-    slow = {"marks": pytest.mark.slow}
-    return [pytest.param(x, **({} if x in some else slow)) for x in values]
 
 
 def on_devices(step, mesh=None, **check):

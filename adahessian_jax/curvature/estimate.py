@@ -231,7 +231,10 @@ def _sample_of(
         state = jax.tree.unflatten(treedef, [key])
         *_, diag, _ = inner.value_and_grad(None, state, params, **given)
         weight = jnp.asarray(weight_of(params, batch), total_weight.dtype)
-        add = lambda x, d: x + weight.astype(x.dtype) * d.astype(x.dtype)  # noqa: E731
+
+        def add(x: Array, d: Array) -> Array:
+            return x + weight.astype(x.dtype) * d.astype(x.dtype)
+
         return map_floats(add, partial, diag), total_weight + weight
 
     return weighted, reduction == "mean"
