@@ -25,7 +25,13 @@ from adahessian_jax._src.probes import as_key
 
 
 class DiagonalEstimate(NamedTuple):
-    """The mean of independent estimates of a diagonal, and what goes on with it.
+    r"""The mean of independent estimates of a diagonal, and what goes on with it.
+
+    ``standard_error`` is that of each entry of the mean, a tree like it, and
+    ``trace_standard_error`` that of the trace; both NaN below two samples.
+    ``relative_error`` is the root of :math:`\sum_i s_i^2 / \sum_i d_i^2` with these
+    errors s and, for the true diagonal d, the mean's squares less those of s; infinite
+    where nothing is left, and below two samples.
 
     Trees have the structure and shapes of the parameters, in float32 or wider, with
     zeros at leaves that are held fixed.
@@ -64,11 +70,7 @@ class DiagonalEstimate(NamedTuple):
 
     @property
     def relative_error(self) -> Array:
-        r"""The root of :math:`\sum_i s_i^2 / \sum_i d_i^2`, shape ().
-
-        With standard errors s and, for the true diagonal d, the mean's squares less
-        those of s; infinite where nothing is left, and below two samples.
-        """
+        """The root of the sum of squared errors over that of squares, shape ()."""
         error = squared_norm(split_differentiable(self.standard_error)[0])
         true = squared_norm(split_differentiable(self.mean)[0]) - error
         ratio = jnp.sqrt(error / jnp.where(true > 0, true, 1))
