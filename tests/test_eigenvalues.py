@@ -92,6 +92,9 @@ def test_all_eigenvalues_of_a_small_matrix(x64):
     problem, matrix = quadratic()
     found = ah.largest_eigenvalues(problem.loss, problem.params, 8, rtol=0.0)
     check_pairs(found, np.asarray(matrix), 1e-12)
+    # Exact vectors span all that a start is trusted to know.
+    find = functools.partial(ah.largest_eigenvalues, problem.loss, problem.params, 2)
+    assert find(start=find(rtol=0.0)).n_products == 2
     # Some of them equal, or zero: none is missed.
     for spectrum in ([5, 5, 1, 1, 1, 0, -5, 0], [0] * 8, [2] * 8):
         d = jnp.asarray(spectrum, float)

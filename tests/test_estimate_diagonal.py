@@ -158,6 +158,15 @@ def test_until_a_relative_error():
     assert ah.estimate_diagonal(*args, n_samples=4, rtol=1e-6).n_samples == 4
 
 
+def test_two_samples():
+    """Their mean and its error, from one sample and the mean of both."""
+    one, two = (ah.estimate_diagonal(*COUPLED, n_samples=n) for n in (1, 2))
+    half = np.abs(np.asarray(two.mean - one.mean))
+    np.testing.assert_allclose(two.standard_error, half, rtol=1e-4, atol=1e-6)
+    half = abs(float(two.trace - one.trace))
+    np.testing.assert_allclose(two.trace_standard_error, half, rtol=1e-4)
+
+
 class Interrupting(list):
     """Batches during whose n-th delivery the user presses Ctrl-C, once or more."""
 
@@ -190,6 +199,7 @@ def test_interrupted_and_resumed(n):
         ended = ah.estimate_diagonal(*args, n_samples=5, start=start)
         for x, y in zip(*map(jax.tree.leaves, (ended, whole)), strict=True):
             np.testing.assert_array_equal(x, y)
+        jax.tree.map(np.asarray, part)  # is still there
     if part.n_batches > 1:
         with pytest.raises(ValueError, match="batches must be those that start was"):
             ah.estimate_diagonal(*args[:2], [X], args[3], n_samples=5, start=part)
