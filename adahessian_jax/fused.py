@@ -16,8 +16,7 @@ from adahessian_jax._src.axes import as_varying
 from adahessian_jax._src.derivatives import value_and_grad
 from adahessian_jax._src.dtypes import map_floats, wide
 from adahessian_jax._src.estimator import Curvature, Estimator
-from adahessian_jax._src.loss import reduction_of
-from adahessian_jax._src.microbatches import over_parts
+from adahessian_jax._src.microbatches import over_parts, reduction_of
 from adahessian_jax._src.xla import cond, is_traced
 
 

@@ -298,6 +298,6 @@ def _divide_by(
     averaging: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     b1, b2 = _pair(betas)
-    when, options = (update_each, 0), (averaging, None, eps, hessian_power)
-    parts = b2, hessian_ema, estimator, *when, *options
-    return divide_by(CurvatureAverage(*parts, reuse_estimate=True), b1)
+    parts = b2, hessian_ema, estimator, update_each, 0, averaging, None
+    average = CurvatureAverage(*parts, eps, hessian_power, reuse_estimate=True)
+    return divide_by(average, b1)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a state shows, by numbers worked out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,18 +48,19 @@ def test_what_else_is_at_hand():
     x = jax.random.normal(jax.random.key(0), (8, 3))
     w, loss = jnp.ones((3, 2)), ah.losses.squared_error
     tx = ah.newton(None, loss)
-    updates, state = tx.update(
-        x.T @ x @ w, tx.init(w), w, predict_fn=lambda w: jnp.dot(x, w)
-    )
 
     def fun(w, x):
         return loss(jnp.dot(x, w), jnp.zeros((len(x), 2)))
 
-    top = ah.largest_eigenvalues(lambda w: fun(w, x), w, rtol=1e-5)
+    @jax.jit
+    def look(w):
+        args = {"predict_fn": functools.partial(jnp.dot, x)}
+        updates, state = tx.update(jax.grad(fun)(w, x), tx.init(w), w, **args)
+        find = functools.partial(ah.largest_eigenvalues, lambda w: fun(w, x), rtol=1e-5)
+        return updates, state, find(w), find(w, preconditioner=(tx, state))
+
+    updates, state, top, scaled = look(w)
     np.testing.assert_allclose(top.values, np.linalg.eigvalsh(x.T @ x / 8)[-1:], 1e-4)
-    scaled = ah.largest_eigenvalues(
-        lambda w: fun(w, x), w, preconditioner=(tx, state), rtol=1e-5
-    )
     hutchinson = ah.hutchinson()
     estimate = ah.estimate_diagonal(fun, w, [x[:4], x[4:]], hutchinson, n_samples=9)
     values = ah.diagnostics(

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import adahessian_jax as ah
 from adahessian_jax import losses
@@ -34,15 +36,15 @@ def flat(tree):
 
 
 def check_estimate(found, exact):
-    """All entries within what 4.5 standard errors of a fixed seed allow."""
+    """Of 21 entries none is off by 4.5 standard errors, once in 5,000 seeds."""
     exact = np.asarray(exact)
     error = (flat(found.mean) - exact) / flat(found.standard_error)
     assert np.abs(error).max() < 4.5
-    assert 0.6 < np.sqrt(np.mean(error**2)) < 1.5
     assert abs(found.trace - exact.sum()) < 4 * found.trace_standard_error
     np.testing.assert_allclose(found.trace, flat(found.mean).sum(), rtol=1e-6)
     relative = np.linalg.norm(flat(found.standard_error)) / np.linalg.norm(exact)
-    np.testing.assert_allclose(found.relative_error, relative, rtol=0.1)
+    # The norms of the mean and of the exact diagonal differ by at most their distance.
+    np.testing.assert_allclose(found.relative_error, relative, rtol=2 * relative)
 
 
 @pytest.mark.parametrize("reduction", at_once(["mean", "sum"], ["mean"]))
@@ -97,8 +99,8 @@ def test_gauss_newton(case, x64):
 def test_error_bars_cover_at_their_rate(name, x64):
     """1.96 standard errors of 200 samples: 95 % of all entries, over 100 copies.
 
-    Entries of a copy hang together: the standard deviation of a copy's coverage is 4 to
-    7 %, and of the mean of all at most 0.7 %.
+    Entries of a copy hang together, and copies do not: they show the spread of the
+    mean, of which the bounds are three times as far.
     """
     n, factor = 100, name == "gauss_newton"
     estimator = ah.gauss_newton(SOFTMAX) if factor else ah.hutchinson()
@@ -119,8 +121,9 @@ def test_error_bars_cover_at_their_rate(name, x64):
     sizes = [x.reshape(n, -1) for x in jax.tree.leaves(found.mean)]
     errors = [x.reshape(n, -1) for x in jax.tree.leaves(found.standard_error)]
     error = np.abs(np.concatenate(sizes, 1) - np.diag(matrix) / n)
-    covered = np.mean(error < 1.96 * np.concatenate(errors, 1))
-    assert 0.93 < covered < 0.97
+    covered = np.mean(error < 1.96 * np.concatenate(errors, 1), axis=1)
+    assert 0.93 < covered.mean() < 0.97
+    assert covered.std() / n**0.5 < 0.02 / 3
 
 
 def test_exact_where_nothing_is_random(x64):
@@ -147,6 +150,65 @@ def coupled(w, x):
 
 
 COUPLED = coupled, np.ones(4, np.float32), [X[:4], X[4:8], X[7:]], ah.hutchinson()
+
+
+@pytest.mark.parametrize("kind", at_once(["Auto", "Explicit", "NNX"], ["Auto"]))
+def test_sharded_and_in_containers(kind):
+    """Parameters and batches over a mesh, and in a Flax NNX state."""
+    params = {"w": jnp.arange(1.0, 9.0), "b": jnp.ones(2)}
+    batches = [jnp.asarray(RNG.normal(size=(8, 8)), jnp.float32) for _ in range(2)]
+
+    def fun(p, x):
+        return jnp.mean((x * p["w"]).sum(1) ** 4) + jnp.sum(p["b"] ** 4)
+
+    args = ah.hutchinson(), 4
+    whole = ah.estimate_diagonal(fun, params, batches, args[0], n_samples=args[1])
+    if kind == "NNX":
+        nnx = pytest.importorskip("flax.nnx")
+        params = nnx.State({k: nnx.Param(v) for k, v in params.items()})
+        found = ah.estimate_diagonal(
+            lambda p, x: fun({k: p[k][...] for k in p}, x),
+            params,
+            batches,
+            args[0],
+            n_samples=args[1],
+        )
+        top = ah.largest_eigenvalues(
+            lambda p: fun({k: p[k][...] for k in p}, batches[0]), params
+        )
+        assert jax.tree.structure(top.vectors) == jax.tree.structure(params)
+    else:
+        if not hasattr(jax, "set_mesh"):
+            pytest.skip("this version of JAX has no explicit sharding")
+        mesh = jax.make_mesh((8,), ("x",), (getattr(jax.sharding.AxisType, kind),))
+        cut, everywhere = (NamedSharding(mesh, spec) for spec in (P("x"), P()))
+        with jax.set_mesh(mesh):
+            params = jax.device_put(params, {"w": cut, "b": everywhere})
+            batches = jax.device_put(batches, everywhere)
+            found = ah.estimate_diagonal(
+                fun, params, batches, args[0], n_samples=args[1]
+            )
+        assert found.mean["w"].sharding.is_equivalent_to(cut, 1)
+    pairs = map(jax.tree.leaves, (found.mean, whole.mean))
+    for x, y in zip(*pairs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4)
+
+
+def test_masked_rows(x64):
+    """A mean over rows that are there, said by a weight beside the loss."""
+
+    def fun(w, batch):
+        x, there = batch
+        rows = jnp.sum(jnp.asarray(x) ** 2 * w**2, axis=1) / 2
+        return jnp.sum(rows * there) / jnp.sum(there), jnp.sum(there)
+
+    there = np.array([1.0, 1, 0, 1] + [0.0] * 4)  # no row of the second
+    batches = [(X[:4], there[:4]), (X[4:8], there[4:])]
+    found = ah.estimate_diagonal(
+        fun, jnp.ones(4), batches, ah.hutchinson(), n_samples=2
+    )
+    expected = np.mean(X[:8][there > 0] ** 2, axis=0)
+    np.testing.assert_allclose(found.mean, expected, rtol=1e-12)
 
 
 def test_until_a_relative_error():
@@ -201,7 +263,7 @@ def test_interrupted_and_resumed(n):
             np.testing.assert_array_equal(x, y)
         jax.tree.map(np.asarray, part)  # is still there
     if part.n_batches > 1:
-        with pytest.raises(ValueError, match="batches must be those that start was"):
+        with pytest.raises(ValueError, match="batches must be 2 or more, as start was"):
             ah.estimate_diagonal(*args[:2], [X], args[3], n_samples=5, start=part)
 
 
@@ -213,17 +275,30 @@ def test_a_second_interrupt_is_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Watching(list):
+    """Batches that count, as each is taken, the arrays of a size that are alive."""
+
+    def __init__(self, batches, size):
+        super().__init__(batches)
+        self.size, self.alive = size, set()
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            alive = [x for x in jax.live_arrays() if x.size == self.size]
+            self.alive.add(len(alive))
+            yield batch
+
+
 def test_memory():
     """Three copies of the parameters, and none is copied where a batch is added."""
     params = {"w": jnp.ones((300, 200), jnp.bfloat16)}
-    args = (
-        lambda p, x: jnp.sum(p["w"].astype(jnp.float32) ** 4) * x.mean(),
-        params,
-        [jnp.ones(3)],
-    )
-    found = ah.estimate_diagonal(*args, ah.hutchinson(), n_samples=2)
-    held = sum(x.nbytes for x in jax.tree.leaves(found) if hasattr(x, "nbytes"))
-    assert held < 3.01 * 4 * 60_000
+    batches = Watching([jnp.ones(3)] * 2, 60_000)
+
+    def fun(p, x):
+        return jnp.sum(p["w"].astype(jnp.float32) ** 4) * x.mean()
+
+    found = ah.estimate_diagonal(fun, params, batches, ah.hutchinson(), n_samples=3)
+    assert batches.alive == {1 + 3}  # the parameters are one
     assert found.mean["w"].dtype == jnp.float32
     np.testing.assert_allclose(found.mean["w"], 12, rtol=1e-2)
 
@@ -240,10 +315,12 @@ GIVEN |= {"estimator": ah.hutchinson(), "n_samples": 2}
 BAD = {
     "n_samples or rtol must be given": {"n_samples": None},
     "batches must be a list or a data loader": {"batches": iter(BATCHES)},
-    "batches must be at least one batch, got 0": {"batches": []},
-    "fun must have finite second": {"fun": lambda p, _: jnp.inf * jnp.sum(p["a"] ** 2)},
+    "batches must be 1 or more, got 0": {"batches": []},
+    "fun must be of finite curvature": {
+        "fun": lambda p, _: jnp.inf * p["a"].sum() ** 2
+    },
     "batch must be arrays of one first axis": {"batches": [(X, Y, WHERE[:3])]},
-    "batches must be of rows of which one": {
+    "batches must be rows of which one has weight": {
         "estimator": ah.gauss_newton(SOFTMAX),
         "fun": lambda p, batch: (predict(p, batch[0]), 0.0 * batch[2]),
     },

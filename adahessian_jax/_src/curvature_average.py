@@ -22,6 +22,7 @@ from adahessian_jax._src.dtypes import (
     map_floats,
     never_estimated,
     no_estimate,
+    zeros_like,
 )
 from adahessian_jax._src.estimator import Curvature, Estimator, as_estimator, declare
 from adahessian_jax._src.masking import mask_like
@@ -251,12 +252,6 @@ class CurvatureAverage:
 
 
 _EXTRA_ARGS = ("obj_fn", "predict_fn", "labels", "hessian_diag", "curvature", "grad")
-
-
-def zeros_like(tree: Any, dtype: Any = None) -> optax.Updates:
-    """Return zeros, sharded like ``tree``, its floating-point leaves in ``dtype``."""
-    zeros = jax.tree.map(jnp.zeros_like, tree)
-    return map_floats(lambda x: jnp.zeros_like(x, dtype), zeros)
 
 
 def _never_estimated(tree: Any, dtype: Any) -> optax.Updates:

@@ -21,6 +21,12 @@ def map_floats(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     )
 
 
+def zeros_like(tree: Any, dtype: Any = None) -> Any:
+    """Return zeros, sharded like ``tree``, its floating-point leaves in ``dtype``."""
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    return map_floats(lambda x: jnp.zeros_like(x, dtype), zeros)
+
+
 def dtype_of(leaf: Any) -> Any:
     """Return the dtype of an array, a tracer or a Python number."""
     return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)

@@ -16,38 +16,25 @@ from adahessian_jax._src.xla import is_traced, while_loop
 
 
 class Krylov(NamedTuple):
-    """An orthonormal basis of at most m vectors, and the matrix in it.
+    """An orthonormal basis of at most m vectors, and the tridiagonal matrix in it.
 
     Attributes:
       vectors: (m, ...) for each leaf; those that are still to come are zero.
       newest: the vector that the matrix is to be multiplied by next.
-      tridiagonal: the matrix between the vectors, shape (m, m).
+      diagonal: of the matrix in the basis, shape (m,), zero where still to come.
+      beside: next to the diagonal; the last that is known is the norm of what the last
+        product has outside of the basis. Shape (m,).
       n: how many products were made, shape ().
-      rest: what the last product has outside of the basis, its norm, shape ().
       restarted: whether nothing was once outside, and a random vector took its place,
         shape (), bool.
     """
 
     vectors: Floats
     newest: Floats
-    tridiagonal: Array
+    diagonal: Array
+    beside: Array
     n: Array
-    rest: Array
     restarted: Array
-
-
-class Ritz(NamedTuple):
-    """The k largest eigenvalues by magnitude, in a basis.
-
-    Attributes:
-      values: shape (k,).
-      coordinates: of their vectors, shape (m, k).
-      residuals: norms of the matrix times a vector less the value times it, (k,).
-    """
-
-    values: Array
-    coordinates: Array
-    residuals: Array
 
 
 def lanczos(
@@ -59,7 +46,7 @@ def lanczos(
     k: int,
     rtol: float,
     max_products: int,
-) -> tuple[Ritz, Floats, Array]:
+) -> tuple[Array, Floats, Array, Array]:
     """Find the k largest eigenvalues by magnitude, and their vectors.
 
     Args:
@@ -72,8 +59,9 @@ def lanczos(
       max_products: where to stop, at least k and at most the size of the matrix.
 
     Returns:
-      The eigenvalues, their vectors, (k, ...) for each leaf, and the number of
-      products. Each vector is made orthogonal to all earlier ones, and again.
+      The eigenvalues, their vectors, (k, ...) for each leaf, the norms of the matrix
+      times a vector less the value times it, and the number of products. Each vector of
+      the basis is made orthogonal to all earlier ones, and again.
     """
 
     def go_on(krylov: Krylov) -> Array:
@@ -86,7 +74,8 @@ def lanczos(
     if not is_traced(krylov):  # by now, but maybe by what the product brings in
         krylov = step(krylov)
     krylov = while_loop(go_on, step, krylov)
-    return *_ritz_and_vectors(krylov, k), krylov.n
+    values, vectors, residuals = _pairs(krylov, k)
+    return values, vectors, residuals, krylov.n
 
 
 # Compiled once, where what calls them is not: a product may be of any function.
@@ -100,64 +89,66 @@ def _first(start: Floats, m: int) -> Krylov:
     return Krylov(
         [jnp.broadcast_to(*x) for x in empty],
         [x / norm for x in start],
-        jnp.zeros((m, m), norm.dtype),
+        jnp.zeros(m, norm.dtype),
+        jnp.zeros(m, norm.dtype),
         jnp.zeros((), jnp.int32),
-        jnp.zeros_like(norm),
         jnp.zeros((), bool),
     )
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit
 def _extended(krylov: Krylov, image: Floats, key: Array) -> Krylov:
-    basis, newest, t, n, _, restarted = krylov
+    basis, newest, diagonal, beside, n, restarted = krylov
     put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=n, axis=0)
     basis = [put(b, x) for b, x in zip(basis, newest, strict=True)]
     products = [jnp.sum(x * y) for x, y in zip(newest, image, strict=True)]
-    t = t.at[n, n].set(sum(products[1:], start=products[0]))
+    diagonal = diagonal.at[n].set(sum(products[1:], start=products[0]))
     image = _outside(basis, image)
     # Nothing but rounding is left, or it is not a number: a random vector then.
-    least = 100 * jnp.finfo(t.dtype).eps * jnp.max(jnp.abs(t))
+    size = jnp.max(jnp.abs(jnp.stack([diagonal, beside])))
+    least = 100 * jnp.finfo(size.dtype).eps * size
     ends = ~(jnp.sqrt(squared_norm(image)) > least)
     fresh = random_vector(jax.random.fold_in(key, n), image)
     image = [jnp.where(ends, x, y) for x, y in zip(fresh, image, strict=True)]
     image = _outside(basis, _outside(basis, image))
     norm = jnp.sqrt(squared_norm(image))
-    rest, following = jnp.where(ends, 0, norm), jnp.minimum(n + 1, len(t) - 1)
-    coupling = jnp.where(following > n, rest, t[n, following])
-    t = t.at[n, following].set(coupling).at[following, n].set(coupling)
+    beside = beside.at[n].set(jnp.where(ends, 0, norm))
     newest = [x / norm for x in image]
-    return Krylov(basis, newest, t, n + 1, rest, restarted | ends)
+    return Krylov(basis, newest, diagonal, beside, n + 1, restarted | ends)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _unfinished(krylov: Krylov, rtol: float, k: int, known: bool) -> Array:
-    ritz = _ritz(krylov, k)
-    limit = jnp.asarray(rtol, ritz.values.dtype) * jnp.max(jnp.abs(ritz.values))
-    enough = jnp.all(ritz.residuals <= limit) & (krylov.n >= k)
+    values, _, residuals = _ritz(krylov, k)
+    limit = jnp.asarray(rtol, values.dtype) * jnp.max(jnp.abs(values))
+    enough = jnp.all(residuals <= limit) & (krylov.n >= k)
     if not known:  # then others may lie in what a restarted basis has not seen
         enough &= ~krylov.restarted
-    lost = ~jnp.all(jnp.isfinite(krylov.tridiagonal))
-    return (krylov.n < len(krylov.tridiagonal)) & ~enough & ~lost
+    lost = ~jnp.all(jnp.isfinite(krylov.diagonal))
+    return (krylov.n < len(krylov.diagonal)) & ~enough & ~lost
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _ritz_and_vectors(krylov: Krylov, k: int) -> tuple[Ritz, Floats]:
-    ritz = _ritz(krylov, k)
-    return ritz, [jnp.tensordot(ritz.coordinates.T, b, 1) for b in krylov.vectors]
+def _pairs(krylov: Krylov, k: int) -> tuple[Array, Floats, Array]:
+    values, coordinates, residuals = _ritz(krylov, k)
+    return values, [jnp.tensordot(coordinates, b, 1) for b in krylov.vectors], residuals
 
 
-def _ritz(krylov: Krylov, k: int) -> Ritz:
-    there = jnp.arange(len(krylov.tridiagonal), dtype=krylov.n.dtype) < krylov.n
-    t = jnp.where(there[:, None] & there, krylov.tridiagonal, 0)
+def _ritz(krylov: Krylov, k: int) -> tuple[Array, Array, Array]:
+    """Return values, coordinates of vectors in the basis, (k, m), and residuals."""
+    there = jnp.arange(len(krylov.diagonal), dtype=krylov.n.dtype) < krylov.n
+    inside = jnp.where(there[1:], krylov.beside[:-1], 0)
+    t = jnp.diag(krylov.diagonal) + jnp.diag(inside, 1) + jnp.diag(inside, -1)
     values, vectors = jnp.linalg.eigh(t)
     # Vectors that are still to come have value zero, and rank behind all others.
     share = jnp.sum(jnp.where(there[:, None], vectors**2, 0), axis=0)
     chosen = jnp.argsort(jnp.where(share > 0.5, -jnp.abs(values), 1))[:k]
     values, vectors = values[chosen], vectors[:, chosen]
-    residuals = krylov.rest * jnp.abs(vectors[krylov.n - 1])
+    last = krylov.n - 1
+    residuals = krylov.beside[last] * jnp.abs(vectors[last])
     finite = jnp.all(jnp.isfinite(t))  # what eigh does otherwise is not said
     values, residuals = (jnp.where(finite, x, jnp.nan) for x in (values, residuals))
-    return Ritz(values, vectors, residuals)
+    return values, vectors.T, residuals
 
 
 @jax.jit

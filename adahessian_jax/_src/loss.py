@@ -288,20 +288,6 @@ def masked(x: Array, weights: Array) -> Array:
     return jnp.where(weights > 0, x, 0)
 
 
-def reduction_of(given: str | None, loss: Any) -> str:
-    """Return how the losses of parts are reduced, by a loss object or as given."""
-    if given is not None:
-        checks.check_choice("reduction", given, ("mean", "sum"))
-    if loss is None:
-        return given or "mean"
-    if given not in (None, loss.reduction):
-        raise ValueError(
-            f"reduction={given!r} contradicts {loss!r}: it is said on the loss, as"
-            f" loss.replace(reduction={given!r})."
-        )
-    return str(loss.reduction)
-
-
 def check_loss(loss: Any) -> None:
     """Raise TypeError unless an argument is a loss object."""
     if not isinstance(loss, Loss):

@@ -45,6 +45,18 @@ def cut(tree: Any, microbatches: int) -> tuple[list[Any], Callable[[list[Any]], 
     return list(map(in_turns, arrays)), join
 
 
+def reduction_of(given: str | None, loss: Any) -> str:
+    """Return how the losses of parts are reduced, by a loss object or as given."""
+    if loss is None:
+        return given or "mean"
+    if given not in (None, loss.reduction):
+        raise ValueError(
+            f"reduction={given!r} contradicts {loss!r}: it is said on the loss, as"
+            f" loss.replace(reduction={given!r})."
+        )
+    return str(loss.reduction)
+
+
 def over_parts(
     function: Callable[[Any, Any], tuple[Any, Any, Any, Any]],
     state: Any,

@@ -60,8 +60,8 @@ def diagnostics(
       - ``"relative_error"``, with two estimates a and b: :math:`\|a - b\| / \sqrt{2
         \langle a, b \rangle}`, which estimates the root mean square of
         :math:`\|a - d\| / \|d\|` for the true diagonal d; infinite if the two do not
-        even agree in direction. With a :class:`.DiagonalEstimate` its own, and
-        ``"trace_standard_error"``.
+        even agree in direction. With a :class:`.DiagonalEstimate` alone its own.
+      - ``"trace_standard_error"``, with a :class:`.DiagonalEstimate`.
       - ``"step_size/PATH/q"``, with updates: the quantiles q of 0.05, 0.5 and 0.95 of
         :math:`|u_i| / |m_i|` in each parameter, the step that a unit of momentum takes
         there, learning rate included; ``"step_size/q"``, of all parameters.
@@ -104,18 +104,17 @@ def diagnostics(
     report["flat"] = sum(flat, start=jnp.zeros((), jnp.int32))
     for model in nodes_of_type(ScaleByQuadraticModelState, state):
         report["learning_rate"] = model.learning_rate
-    pairs = {"sharpness": sharpness}
-    pairs["preconditioned_sharpness"] = preconditioned_sharpness
-    for name, pair in pairs.items():
-        ok, rule = (
-            isinstance(pair, Eigenpairs | None),
-            "what largest_eigenvalues returned",
-        )
-        checks.require(ok, TypeError, name, rule, pair)
-        report |= {} if pair is None else {name: pair.values[0]}
-    known = None
+    names = "sharpness", "preconditioned_sharpness"
+    given = sharpness, preconditioned_sharpness
+    for name, pairs in zip(names, given, strict=True):
+        if pairs is not None:
+            rule = "what largest_eigenvalues returned"
+            checks.require(isinstance(pairs, Eigenpairs), TypeError, name, rule, pairs)
+            report[name] = pairs.values[0]
     if isinstance(estimate, DiagonalEstimate):
-        known, estimate = estimate, estimate.mean
+        report["trace_standard_error"] = estimate.trace_standard_error
+        report["relative_error"] = estimate.relative_error
+        estimate = estimate.mean
     if estimate is None:
         estimate = inner.estimate
     else:
@@ -127,9 +126,6 @@ def diagnostics(
         a, size = _flat(estimate, inner.nu)
         report["trace"] = jnp.sum(a)
         report["negative_share"] = jnp.sum(a < 0) / size
-    if known is not None:
-        report["trace_standard_error"] = known.trace_standard_error
-        report["relative_error"] = known.relative_error
     if previous_estimate is not None:
         checks.check_like("previous_estimate", previous_estimate, estimate)
         b, _ = _flat(previous_estimate, inner.nu)

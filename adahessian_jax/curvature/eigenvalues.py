@@ -126,11 +126,11 @@ def largest_eigenvalues(
       Edge of Stability <https://arxiv.org/abs/2207.14484>`_, 2022
 
     .. note::
-      It keeps ``max_products + 1`` copies of the parameters. An eigenvalue that occurs
-      several times counts once, unless the matrix has few others. A ``start`` follows
-      the vectors that it has: ask for k = 2 where another may overtake them. The
-      momentum of ``optax.sgd`` adds gradients up in place of averaging: its learning
-      rate is that above times 1 less its decay.
+      It keeps ``max_products + 1`` copies of the parameters, outside ``jit`` twice as
+      many. An eigenvalue that occurs several times counts once, unless the matrix has
+      few others. A ``start`` follows the vectors that it has: ask for k = 2 where
+      another may overtake them. The momentum of ``optax.sgd`` adds gradients up in
+      place of averaging: its learning rate is that above times 1 less its decay.
     """
     checks.check_callable("fun", fun, "params -> loss, or outputs with a loss object")
     checks.check_int("k", k, 1)
@@ -155,7 +155,7 @@ def largest_eigenvalues(
     key = as_key(seed)
     first = random_vector(key, like) if start is None else _sum(start, params)
     first = [x.astype(p.dtype) for x, p in zip(first, like, strict=True)]
-    ritz, vectors, n_products = lanczos(
+    values, vectors, residuals, n_products = lanczos(
         product,
         first,
         key,
@@ -164,15 +164,14 @@ def largest_eigenvalues(
         rtol=rtol,
         max_products=min(max_products, size),
     )
-    lost = ~jnp.all(jnp.isfinite(ritz.residuals))
     checks.raise_if(
-        lost,
+        ~jnp.all(jnp.isfinite(residuals)),
         "fun must have finite second derivatives at params, and their product with a"
         " vector is not finite.",
     )
     fixed = jax.tree.map(lambda x: jnp.zeros((k, *jnp.shape(x)), dtype_of(x)), params)
     rebuild = split_differentiable(fixed)[1]
-    return Eigenpairs(ritz.values, rebuild(vectors), ritz.residuals, n_products)
+    return Eigenpairs(values, rebuild(vectors), residuals, n_products)
 
 
 def _hessian(fun: Any, params: Any, mode: str) -> Product:
@@ -238,13 +237,14 @@ def _inverse_root(preconditioner: Any, params: Any) -> Product:
 
 def _of_optimizer(tx: Any, state: Any, params: Any) -> Any:
     """Return the inverse roots of what an optimizer divides by, and its bases."""
-    averages, inner = find_averages(tx, params), find_state(state)
+    averages = find_averages(tx, params)
     if len(averages) != 1 or is_traced((averages[0].eps, averages[0].hessian_power)):
         raise ValueError(
-            f"preconditioner must be an optimizer of one average of curvature, whose"
-            f" eps and hessian_power are known, got {len(averages)} averages. Pass the"
+            "preconditioner must be an optimizer of one average of curvature, whose eps"
+            f" and hessian_power are known, got {len(averages)} averages. Pass the"
             " entries of D in place of (tx, state)."
         )
+    inner = find_state(state)
 
     def root(v: Array, p: Any) -> Array:
         v, never = wide(v), never_estimated(v)
@@ -252,9 +252,8 @@ def _of_optimizer(tx: Any, state: Any, params: Any) -> Any:
         return jnp.broadcast_to(x, jnp.shape(p))
 
     shown = masking.mask_like(params, inner.nu)
-    return map_floats(root, inner.nu, shown), find_bases(
-        inner, len(jax.tree.leaves(shown))
-    )
+    bases = find_bases(inner, len(jax.tree.leaves(shown)))
+    return map_floats(root, inner.nu, shown), bases
 
 
 def _sum(start: Eigenpairs, params: Any) -> Floats:

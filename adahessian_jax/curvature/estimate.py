@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A diagonal over a whole data set, with its standard error."""
 
-import contextlib
 import functools
-import math
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -16,11 +12,11 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.curvature_average import zeros_like
 from adahessian_jax._src.derivatives import split_differentiable, squared_norm
-from adahessian_jax._src.dtypes import accumulation_dtype, map_floats
+from adahessian_jax._src.dtypes import accumulation_dtype, map_floats, zeros_like
 from adahessian_jax._src.estimator import Estimator, as_estimator
-from adahessian_jax._src.loss import reduction_of
+from adahessian_jax._src.long_loop import interruptible, progress_bar
+from adahessian_jax._src.microbatches import reduction_of
 from adahessian_jax._src.probes import as_key
 
 
@@ -31,10 +27,8 @@ class DiagonalEstimate(NamedTuple):
     ``trace_standard_error`` that of the trace; both NaN below two samples.
     ``relative_error`` is the root of :math:`\sum_i s_i^2 / \sum_i d_i^2` with these
     errors s and, for the true diagonal d, the mean's squares less those of s; infinite
-    where nothing is left, and below two samples.
-
-    Trees have the structure and shapes of the parameters, in float32 or wider, with
-    zeros at leaves that are held fixed.
+    where nothing is left, and below two samples. Trees have the structure and shapes of
+    the parameters, in float32 or wider, with zeros at leaves that are held fixed.
 
     Attributes:
       mean: of all whole samples.
@@ -60,17 +54,17 @@ class DiagonalEstimate(NamedTuple):
 
     @property
     def standard_error(self) -> optax.Params:
-        """That of each entry of the mean, a tree like it; NaN below two samples."""
+        """Return that of each entry of the mean."""
         return map_floats(self._error, self.deviations)
 
     @property
     def trace_standard_error(self) -> Array:
-        """The standard error of the trace, shape ()."""
+        """Return that of the trace, shape ()."""
         return self._error(self.trace_deviations)
 
     @property
     def relative_error(self) -> Array:
-        """The root of the sum of squared errors over that of squares, shape ()."""
+        """Return that of the whole mean, shape ()."""
         error = squared_norm(split_differentiable(self.standard_error)[0])
         true = squared_norm(split_differentiable(self.mean)[0]) - error
         ratio = jnp.sqrt(error / jnp.where(true > 0, true, 1))
@@ -103,9 +97,9 @@ def estimate_diagonal(
     show their own error.
 
     Args:
-      fun: ``(params, batch)`` to the loss, for :func:`adahessian_jax.hutchinson`; to
-        the network's outputs or ``(outputs, where)`` for
-        :func:`adahessian_jax.gauss_newton`.
+      fun: ``(params, batch)`` to the loss or ``(loss, weight)``, for
+        :func:`adahessian_jax.hutchinson`; to the network's outputs or ``(outputs,
+        where)`` for :func:`adahessian_jax.gauss_newton`.
       params: any pytree of arrays. Integer and boolean leaves are held fixed.
       batches: gone through once for each sample, in the same order: a list, or a data
         loader that does not shuffle. Each shape of a batch compiles anew.
@@ -115,8 +109,8 @@ def estimate_diagonal(
       rtol: the ``relative_error`` that suffices, after three samples or more.
       labels_fn: from a batch to labels, for a loss whose curvature depends on them.
       reduction: ``"mean"`` or ``"sum"`` over batches. By default that of the
-        estimator's loss, or a mean. In a mean, batches have the weight of their rows,
-        those of the outputs, or the first axis of their arrays with ``hutchinson``.
+        estimator's loss, or a mean. In a mean, batches have the weight of their rows:
+        the sum of ``where``, or the ``weight``, or the length of the first axis.
       start: what an earlier call returned, to go on with, to the same end as if that
         had not ended.
       progress: whether to show a bar; needs the package ``rich``.
@@ -127,8 +121,8 @@ def estimate_diagonal(
       returns what there is.
 
     Raises:
-      ValueError: if an argument is out of range, there is no batch or no row with
-        weight, or an estimate is not finite.
+      ValueError: if an argument is out of range, no row has weight, or an estimate is
+        not finite.
       TypeError: if an argument is of the wrong type, or a parameter is complex.
 
     Examples:
@@ -143,9 +137,8 @@ def estimate_diagonal(
       True
 
     .. note::
-      It keeps three copies of the parameters, beside what an estimate takes. Intervals
-      of the mean ± 1.96 standard errors hold for many samples; with fewer than about
-      thirty use Student's t.
+      It keeps three copies of the parameters, beside what an estimate takes. With fewer
+      than about thirty samples take intervals from Student's t.
     """
     checks.check_callable("fun", fun, "(params, batch) -> loss or outputs")
     checks.check_params(params)
@@ -154,6 +147,8 @@ def estimate_diagonal(
     checks.check_flag("progress", progress)
     if n_samples is None and rtol is None:
         raise ValueError("n_samples or rtol must be given: it would never end.")
+    if reduction is not None:
+        checks.check_choice("reduction", reduction, ("mean", "sum"))
     if labels_fn is not None:
         checks.check_callable("labels_fn", labels_fn, "batch -> labels")
     if n_samples is not None:
@@ -166,7 +161,8 @@ def estimate_diagonal(
     estimate = _nothing(params, seed) if start is None else _copied(start, params)
     weighted, mean = _sample_of(fun, params, estimator, labels_fn, reduction)
     add = jax.jit(weighted, donate_argnums=0)
-    with _bar(progress, batches, n_samples) as show, _interruptible() as interrupted:
+    bar = progress_bar(progress, batches, n_samples)
+    with bar as show, interruptible() as interrupted:
         while not _enough(estimate, n_samples, rtol):
             seen = 0
             for seen, batch in enumerate(batches, 1):
@@ -187,9 +183,9 @@ def estimate_diagonal(
                     )
                     return estimate
             _check_whole(estimate, seen)
-            n = estimate.n_samples + 1
-            estimate = _with_sample(estimate, mean)._replace(n_samples=n, n_batches=0)
-            checks.raise_if(~jnp.isfinite(estimate.trace), _NOT_FINITE)
+            estimate = _counted(_with_sample(estimate, mean))
+            finite, rule = jnp.isfinite(estimate.trace), "of finite curvature at params"
+            checks.require(finite, ValueError, "fun", rule, "an estimate that is not")
             show(estimate)
     return estimate
 
@@ -201,24 +197,23 @@ def _sample_of(
     inner: Any = as_estimator(estimator).update
     known = isinstance(inner, Estimator)
     leaves, treedef = jax.tree.flatten(estimator.init(params) if known else ())
-    rule = (
-        "hutchinson() without a control variate that learns, or gauss_newton(loss):"
-        " independent estimates in the parameters' own axes"
-    )
+    rule = "hutchinson() with no control variate that learns, or gauss_newton(loss)"
     checks.require(len(leaves) == 1, ValueError, "estimator", rule, estimator)  # a key
     loss = inner.loss
     reduction = reduction_of(reduction, loss)
 
-    def weight_of(params: Any, batch: Any) -> Array | float:
+    def as_pair(result: Any) -> tuple[Any, Any]:
+        return result if isinstance(result, tuple) else (result, None)
+
+    def weight_of(outputs: Any, weight: Any, batch: Any) -> Any:
         if reduction == "sum":
             return 1.0
         if loss is not None:
-            outputs = fun(params, batch)
-            pair = outputs if isinstance(outputs, tuple) else (outputs,)
-            return loss.total_weight(*pair)
+            return loss.total_weight(outputs, weight)
+        if weight is not None:
+            return weight
         rows = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
-        rule = "arrays of one first axis, its rows, by which it enters the mean"
-        rule += "; or pass reduction='sum', for losses that add up"
+        rule = "arrays of one first axis, its rows; or let fun return (loss, weight)"
         checks.require(len(rows) == 1, ValueError, "batch", rule, sorted(rows))
         return float(rows.pop())
 
@@ -227,25 +222,24 @@ def _sample_of(
     ) -> tuple[Any, Array]:
         partial, total_weight = total
         key = jax.random.fold_in(jax.random.fold_in(key, sample), place)
-        given = {"obj_fn" if loss is None else "predict_fn": lambda p: fun(p, batch)}
+        outputs, where = as_pair(fun(params, batch))
+        given = {"predict_fn": lambda p: fun(p, batch)}
+        if loss is None:
+            given = {"obj_fn": lambda p: as_pair(fun(p, batch))[0]}
         if labels_fn is not None:
             given["labels"] = labels_fn(batch)
         state = jax.tree.unflatten(treedef, [key])
         *_, diag, _ = inner.value_and_grad(None, state, params, **given)
-        weight = jnp.asarray(weight_of(params, batch), total_weight.dtype)
+        weight = jnp.asarray(weight_of(outputs, where, batch), total_weight.dtype)
 
         def add(x: Array, d: Array) -> Array:
-            return x + weight.astype(x.dtype) * d.astype(x.dtype)
+            # A mean over no rows may be anything.
+            part = weight.astype(x.dtype) * d.astype(x.dtype)
+            return x + jnp.where(weight > 0, part, 0)
 
         return map_floats(add, partial, diag), total_weight + weight
 
     return weighted, reduction == "mean"
-
-
-_NOT_FINITE = (
-    "fun must have finite second derivatives at params, and an estimate on some batch"
-    " is not finite."
-)
 
 
 @functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
@@ -262,15 +256,9 @@ def _with_sample(estimate: DiagonalEstimate, mean: bool) -> DiagonalEstimate:
     spread = map_floats(
         lambda d, m, x, y: d + (x - m) * (x - y), spread, old, new, later
     )
-    zeros = jax.tree.map(jnp.zeros_like, (estimate.partial, weight))
-    return estimate._replace(
-        mean=later[0],
-        deviations=spread[0],
-        trace=later[1],
-        trace_deviations=spread[1],
-        partial=zeros[0],
-        partial_weight=zeros[1],
-    )
+    partial, weight = jax.tree.map(jnp.zeros_like, (estimate.partial, weight))
+    counted = later[0], spread[0], later[1], spread[1], estimate.n_samples + 1
+    return DiagonalEstimate(*counted, partial, weight, 0, estimate.key)
 
 
 def _nothing(params: Any, seed: Any) -> DiagonalEstimate:
@@ -284,12 +272,16 @@ def _nothing(params: Any, seed: Any) -> DiagonalEstimate:
 
 def _copied(start: Any, params: Any) -> DiagonalEstimate:
     """Return a copy of an estimate to go on with, whose arrays are given away."""
-    rule = "what estimate_diagonal returned, or None"
-    is_one = isinstance(start, DiagonalEstimate)
-    checks.require(is_one, TypeError, "start", rule, start)
+    ok, rule = isinstance(start, DiagonalEstimate), "what estimate_diagonal returned"
+    checks.require(ok, TypeError, "start", rule, start)
     checks.check_like("start.mean", start.mean, params)
-    counts = {"n_samples": int(start.n_samples), "n_batches": int(start.n_batches)}
-    return jax.tree.map(jnp.copy, start)._replace(**counts)
+    return _counted(jax.tree.map(jnp.copy, start))
+
+
+def _counted(estimate: DiagonalEstimate) -> DiagonalEstimate:
+    """Return an estimate whose counts are numbers again, and not arrays."""
+    samples, batches = int(estimate.n_samples), int(estimate.n_batches)
+    return estimate._replace(n_samples=samples, n_batches=batches)
 
 
 def _enough(estimate: Any, n_samples: int | None, rtol: float | None) -> bool:
@@ -301,55 +293,7 @@ def _enough(estimate: Any, n_samples: int | None, rtol: float | None) -> bool:
 
 def _check_whole(estimate: DiagonalEstimate, seen: int) -> None:
     n = estimate.n_batches
-    checks.require(seen, ValueError, "batches", "at least one batch", seen)
-    rule = f"those that start was interrupted in, {n} or more"
-    checks.require(seen >= n, ValueError, "batches", rule, seen)
-    rule = "of rows of which one at least has weight"
-    weight = float(estimate.partial_weight)
+    rule = f"{n or 1} or more" + ", as start was interrupted after" * (n > 0)
+    checks.require(seen >= (n or 1), ValueError, "batches", rule, seen)
+    rule, weight = "rows of which one has weight", float(estimate.partial_weight)
     checks.require(weight > 0, ValueError, "batches", rule, f"a weight of {weight}")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """Let Ctrl-C fill a list, so that it can't fall into the middle of an update.
-
-    A second one interrupts at once.
-    """
-    pressed: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        if pressed:
-            signal.default_int_handler(number, frame)
-        pressed.append(number)
-
-    usual = signal.getsignal(signal.SIGINT)
-    own = threading.current_thread() is threading.main_thread()
-    if own and usual is signal.default_int_handler:
-        signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed
-    finally:
-        if signal.getsignal(signal.SIGINT) is handler:
-            signal.signal(signal.SIGINT, usual)
-
-
-@contextlib.contextmanager
-def _bar(
-    progress: bool, batches: Any, n_samples: int | None
-) -> Iterator[Callable[[DiagonalEstimate], None]]:
-    """Show how many samples there are, and their error, where that is wanted."""
-    if not progress:
-        yield lambda estimate: None
-        return
-    from rich.progress import Progress
-
-    with Progress() as bar:
-        task = bar.add_task("", total=n_samples)
-        length = len(batches) if hasattr(batches, "__len__") else math.inf
-
-        def show(estimate: DiagonalEstimate) -> None:
-            n, part = estimate.n_samples, estimate.n_batches / length
-            error = None if part else f"error {float(estimate.relative_error):.1%}"
-            bar.update(task, completed=n + part, description=error)
-
-        yield show

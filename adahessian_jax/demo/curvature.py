@@ -21,7 +21,7 @@ class Looks(NamedTuple):
     """The curvature of the loss, and the size of steps, after so many steps."""
 
     steps: list[int]
-    sharpness: list[float]  # of the loss of a few training examples
+    tops: list[Eigenpairs]  # of the loss of a few training examples
     step_sizes: list[list[float]]  # that a unit of momentum takes: quantiles
 
 
@@ -33,7 +33,6 @@ def make_look(
     It finds the sharpness on a sample, by Lanczos' method outside ``jit``: on a CPU,
     convolutions are slow inside of loops.
     """
-    top: list[Eigenpairs] = []
 
     @jax.jit
     def loss_fn(params: optax.Params) -> jax.Array:
@@ -47,10 +46,9 @@ def make_look(
         opt_state: optax.OptState,
         updates: optax.Updates,
     ) -> None:
-        start = top[-1] if top and looks.steps else None
-        top[:] = [ah.largest_eigenvalues(loss_fn, params, start=start)]
+        start = looks.tops[-1] if looks.tops else None
+        looks.tops.append(ah.largest_eigenvalues(loss_fn, params, start=start))
         looks.steps.append(step)
-        looks.sharpness.append(float(top[-1].values[0]))
         looks.step_sizes.append([float(x) for x in step_sizes(opt_state, updates)])
 
     return look

@@ -75,7 +75,8 @@ def plot(runs: dict[str, Run], path: Path, *, title: str) -> None:
             x = getattr(run.test_curve, of)
             axes.plot(x, run.test_curve.losses, color=color, lw=2, marker="o", ms=3)
         steps, (low, median, high) = run.looks.steps, np.transpose(run.looks.step_sizes)
-        for axes, y in ((sharpness, run.looks.sharpness), (sizes, median)):
+        values = [float(top.values[0]) for top in run.looks.tops]
+        for axes, y in ((sharpness, values), (sizes, median)):
             axes.plot(steps, _above_0(y), color=color, lw=2, marker="o", ms=3)
         sizes.fill_between(steps, _above_0(low), _above_0(high), color=color, alpha=0.1)
     by_step.set(xlabel="steps", ylabel="loss (cross-entropy)")

@@ -16,13 +16,14 @@ from adahessian_jax._src.checks import (
     check_float_dtype,
     check_like,
 )
-from adahessian_jax._src.curvature_average import CurvatureAverage, zeros_like
+from adahessian_jax._src.curvature_average import CurvatureAverage
 from adahessian_jax._src.curvature_state import CurvatureState, nan_if_unfit
 from adahessian_jax._src.dtypes import (
     accumulation_dtype,
     is_differentiable,
     map_floats,
     never_estimated,
+    zeros_like,
 )
 from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
