@@ -436,6 +436,29 @@ def test_fully_sharded_steps_gather_no_state():
     assert found.total() <= len(PARAMS)
 
 
+def test_probes_are_the_same_anywhere_and_not_exchanged():
+    """Each device unpacks the signs of its part, along whichever axis it is cut."""
+    shapes = {"row": (2048,), "short": (264,), "matrix": (96, 200), "last": (9, 1024)}
+    shapes |= {"narrow": (40, 96), "uneven": (1040,)}
+    shapes |= {"column": (1040, 2), "kernel": (3, 3, 16, 24), "layers": (8, 16, 16)}
+    axes = {"kernel": 3, "last": 1, "narrow": 1}
+    specs = {k: P(*[None] * axes.get(k, 0), "data") for k in shapes}
+    ones = {k: jnp.ones(shape) for k, shape in shapes.items()}
+
+    @jax.jit
+    def signs(key, tree):
+        probe = ah.rademacher_like(key, tree)
+        return jax.tree.map(jnp.multiply, probe, tree)
+
+    key, mesh = jax.random.key(3), mesh_of()
+    cut = {k: jax.device_put(x, NamedSharding(mesh, specs[k])) for k, x in ones.items()}
+    assert not collectives(signs, key, cut)
+    got = signs(key, cut)
+    for k, x in cut.items():
+        assert got[k].sharding.is_equivalent_to(x.sharding, x.ndim)
+    chex.assert_trees_all_equal(got, signs(key, ones))
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Two hosts of 4 devices each on loopback end with the run of one of 8."""

@@ -263,7 +263,8 @@ def test_interrupted_and_resumed(n):
             np.testing.assert_array_equal(x, y)
         jax.tree.map(np.asarray, part)  # is still there
     if part.n_batches > 1:
-        with pytest.raises(ValueError, match="batches must be 2 or more, as start was"):
+        rule = f"batches must be {part.n_batches} or more, as start was"
+        with pytest.raises(ValueError, match=rule):
             ah.estimate_diagonal(*args[:2], [X], args[3], n_samples=5, start=part)
 
 

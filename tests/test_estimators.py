@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import adahessian_jax as ah
 from adahessian_jax import losses
-from adahessian_jax._src import linearized
+from adahessian_jax._src import linearized, probes
 from adahessian_jax._src.moving_average import CurvatureEMA
 from adahessian_jax._src.orthogonal import (
     Reflectors,
@@ -254,9 +254,12 @@ def test_seeds_decide_and_steps_differ(make):
         assert not np.allclose(first[0], run(8)[0])
 
 
-def test_probes_of_any_tree_are_independent_with_unit_variance():
+@pytest.mark.parametrize("short", [probes._SHORT, 4])
+def test_probes_of_any_tree_are_independent_with_unit_variance(short, monkeypatch):
     """Also between leaves of equal shape, and for sizes that are no multiple of 32."""
+    monkeypatch.setattr(probes, "_SHORT", short)  # others share words
     tree = {"a": jnp.zeros(35), "b": jnp.zeros((5, 7)), "c": jnp.zeros(())}
+    tree |= {"column": jnp.zeros((40, 2)), "row": jnp.zeros((1, 35))}
     tree |= {"half": jnp.zeros((2, 2), jnp.bfloat16), "n": jnp.ones(3, jnp.int32)}
     n = 4000
     for draw, excess in ((ah.rademacher_like, 0), (normal_like, 2)):

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random probe vectors with the structure, shapes and dtypes of the parameters."""
 
+import itertools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -13,14 +15,16 @@ from adahessian_jax._src.checks import check_key, check_real
 from adahessian_jax._src.dtypes import is_differentiable
 
 _WORD = 32
+_SHORT = 1024  # entries of a tensor whose signs are not packed
 
 
 def rademacher_like(key: Array, tree: optax.Params) -> optax.Params:
     r"""Draw independent random signs, -1 or +1, in the form of a tree.
 
-    All leaves take their signs from one draw of random 32-bit words, 32 signs to a
-    word, so no two leaves share a sign and the cost is that of a 32nd of the numbers
-    that one draw per element would need.
+    All leaves take their signs from one draw of random 32-bit words, so that no two
+    entries share a sign. Tensors of more than 1,024 entries take 32 signs from a word,
+    at a 32nd of the cost of a draw per entry. Over devices that hold parts of the
+    leaves nothing is exchanged: each draws all words, and unpacks those of its parts.
 
     Args:
       key: a PRNG key, typed or raw.
@@ -43,21 +47,57 @@ def rademacher_like(key: Array, tree: optax.Params) -> optax.Params:
     check_key(key)
     check_real("tree", tree)
     leaves, treedef = jax.tree.flatten(tree)
-    sizes = [math.prod(jnp.shape(x)) if is_differentiable(x) else 0 for x in leaves]
-    n_words = [-(-size // _WORD) for size in sizes]
-    words = jax.random.bits(key, (sum(n_words),), jnp.uint32)
-    masks = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
-    signs, start = [], 0
-    for leaf, size, n in zip(leaves, sizes, n_words, strict=True):
-        if not is_differentiable(leaf):
+    shapes = [jnp.shape(x) if is_differentiable(x) else (0,) for x in leaves]
+    packings = [_packing(shape) for shape in shapes]
+    ends = list(itertools.accumulate(math.prod(words) for words, _ in packings))
+    drawn = jax.random.bits(key, (ends[-1] if ends else 0,), jnp.uint32)
+    signs = []
+    for leaf, shape, packing, end in zip(leaves, shapes, packings, ends, strict=True):
+        if is_differentiable(leaf):
+            one = jnp.ones((), jnp.result_type(leaf))
+            signs.append(jnp.where(_bits(drawn, end, packing, shape), one, -one))
+        else:
             signs.append(jnp.zeros_like(leaf))
-            continue
-        bits = words[start : start + n, None] & masks[None, :]
-        bits = bits.reshape(-1)[:size].reshape(jnp.shape(leaf))
-        dtype = jnp.result_type(leaf)
-        signs.append(jnp.where(bits != 0, jnp.ones((), dtype), -jnp.ones((), dtype)))
-        start += n
     return jax.tree.unflatten(treedef, signs)
+
+
+def _packing(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int | None]:
+    """Return the shape of a tensor's words, and along which axis they are packed."""
+    size = math.prod(shape)
+    if size <= _SHORT:
+        return shape, None
+    # Usually the last axis: devices most often hold whole rows.
+    axis = len(shape) - 1 if shape[-1] > 4 else int(np.argmax(shape))
+    words = -(-shape[axis] // _WORD)
+    return (*shape[:axis], words, *shape[axis + 1 :]), axis
+
+
+def _bits(
+    drawn: Array, end: int, packing: tuple[Any, int | None], shape: tuple[int, ...]
+) -> Array:
+    """Return random booleans for a tensor whose words end as given."""
+    packed, axis = packing
+    size = math.prod(packed)
+    words = _part(drawn, end - size, size, 0).reshape(packed)
+    if axis is None:
+        return (words >> (_WORD - 1)) != 0
+    masks = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
+    masks = masks.reshape(-1, *[1] * (len(shape) - axis - 1))
+    bits = (jnp.expand_dims(words, axis + 1) & masks) != 0
+    bits = bits.reshape(*shape[:axis], -1, *shape[axis + 1 :])
+    return _part(bits, 0, shape[axis], axis)
+
+
+def _part(x: Array, begin: int, size: int, axis: int) -> Array:
+    """Cut a part out of an axis, all of which every device computes.
+
+    If the compiler knew where the part begins, it would deal all of the axis out to
+    devices, like the tensor that it is for, and send what is needed elsewhere.
+    """
+    if size == x.shape[axis]:
+        return x
+    start = jax.lax.optimization_barrier(jnp.int32(begin))
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
 def normal_like(key: Array, tree: optax.Params) -> optax.Params:
