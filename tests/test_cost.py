@@ -78,8 +78,7 @@ LIMITS = {
 LEAST = {"hutchinson": 2, "memory": 1, "gauss-newton": 1.4, "newton": 1.4}
 SLOW = pytest.mark.slow
 recent_compiler = pytest.mark.skipif(
-    jax.__version_info__ < (0, 10),
-    reason="older versions of JAX need more memory and loops, and tell less",
+    jax.__version_info__ < (0, 10), reason="older compilers need more and tell less"
 )
 # The others take long to compile.
 NETWORKS_AT_ONCE = ["MLP", *(pytest.param(n, marks=SLOW) for n in ("GPT", "ResNet-8"))]

@@ -396,6 +396,43 @@ def test_soap_on_devices(kind, name, x64):
         assert_close(got, expected)
 
 
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
+@pytest.mark.parametrize("axis", at_once([0, 1], [0]))
+@pytest.mark.parametrize("name", at_once(["soap", "leading"], ["leading"]))
+def test_turning_on_explicit_axes_costs_what_it_does_on_automatic_ones(name, axis):
+    """In operations and in what is exchanged: whole tensors by complete bases only."""
+    shape, soap = (16, 32), SOAPS[name]
+
+    def step(params, state):
+        grads = jax.tree.map(jnp.sin, params)
+        updates, state = soap.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    flops, exchanged = {}, {}
+    for kind in ("Auto", "Explicit"):
+        mesh = mesh_of(kind=kind)
+        whole = NamedSharding(mesh, P())
+        w = NamedSharding(mesh, P(*[None] * axis, "data"))
+        params = {"w": jnp.ones(shape, jnp.float32), "b": jnp.ones(8, jnp.float32)}
+        params = jax.device_put(params, {"w": w, "b": whole})
+        state = jax.tree.map(
+            lambda x, w=w, whole=whole: jax.device_put(
+                x, w if x.shape == shape else whole
+            ),
+            soap.init(params),
+        )
+        kept = jax.tree.map(lambda x: x.sharding, (params, state))
+        with jax.set_mesh(mesh):
+            jitted = jax.jit(step, out_shardings=kept)
+            costs = jitted.lower(params, state).compile().cost_analysis()
+            exchanged[kind] = collectives(jitted, params, state)
+        flops[kind] = costs["flops"]
+    assert flops["Explicit"] <= 1.02 * flops["Auto"]
+    assert exchanged["Explicit"].total() <= exchanged["Auto"].total()
+    gathers = [exchanged[kind]["all-gather", "f32[16,32]"] for kind in exchanged]
+    assert (min(gathers) > 0) == (name == "soap")
+
+
 @pytest.mark.slow
 def test_fully_sharded_steps_gather_no_state():
     """Parameters are gathered as often as for Adam, and the probe once.

@@ -132,14 +132,51 @@ def _varying_axes(kind: Any) -> frozenset[Any]:
     return getattr(kind, "vma", None) or frozenset()
 
 
-def gathered(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """Return an array uncut by a mesh of explicit axes, and how to cut it as before."""
-    if not is_cut(x):
-        return x, lambda y: y
+def as_if_automatic(function: Callable[..., Any], *, whole: bool = False) -> Any:
+    """Leave it to the compiler what lies where inside a function, on any mesh.
+
+    The first argument is an array. Where a mesh of explicit axes cuts it, the other
+    arguments are whole, and what is returned is cut like it, or ``whole``.
+    """
+
+    def applied(x: Array, *rest: Any) -> Any:
+        if not is_cut(x):
+            return function(x, *rest)
+        out: Any = _whole(x) if whole else jax.typeof(x).sharding
+        return jax.sharding.auto_axes(function, out_sharding=out)(x, *rest)
+
+    return applied
+
+
+def whole_beside(x: Any, tree: Any) -> Any:
+    """Put a tree on all devices of a mesh of explicit axes, if ``x`` is on one."""
+    mesh = getattr(getattr(_type_of(x), "sharding", None), "mesh", None)
+    if not getattr(mesh, "explicit_axes", ()):
+        return tree
+    if isinstance(x, jax.core.Tracer):
+        return jax.tree.map(lambda y: jax.sharding.reshard(y, _whole(x)), tree)
+    nowhere = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(tree, nowhere)
+
+
+def _whole(x: Any) -> Any:
     sharding: Any = jax.typeof(x).sharding
-    nowhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    reshard = jax.sharding.reshard
-    return reshard(x, nowhere), lambda y: reshard(y, sharding)
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+
+
+def on_every_device(tree: Any) -> Any:
+    """Have each device hold all of some small arrays, if the mesh is known.
+
+    That is the mesh of automatic axes of ``jax.set_mesh``. Else the compiler may deal
+    them out, and exchange something for each column that is made orthogonal.
+    """
+    if not hasattr(jax.sharding, "AxisType"):
+        return tree
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if jax.sharding.AxisType.Auto not in mesh.axis_types:
+        return tree
+    whole = jax.sharding.PartitionSpec()
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
 
 
 def cut_like(like: Any, tree: Any) -> Any:

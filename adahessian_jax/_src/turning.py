@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src.axes import gathered
+from adahessian_jax._src.axes import as_if_automatic, on_every_device
 from adahessian_jax._src.dtypes import accumulation_dtype, never_estimated, no_estimate
 from adahessian_jax._src.moving_average import ema
 from adahessian_jax._src.orthogonal import (
     PRECISION,
+    TURNING,
     Bases,
     Orthogonal,
     Reflectors,
@@ -55,7 +56,6 @@ def averaged(decay: ArrayLike, x: Array, rotated: Array, traces: Traces) -> Trac
     """
     if all(trace is None for trace in traces):
         return traces
-    x, rotated = gathered(x)[0], gathered(rotated)[0]
 
     def of_layer(x: Array, rotated: Array, traces: Traces) -> Traces:
         def one(axis: int, trace: Any) -> Array | None:
@@ -69,7 +69,8 @@ def averaged(decay: ArrayLike, x: Array, rotated: Array, traces: Traces) -> Trac
         return tuple(map(one, range(x.ndim), traces))
 
     n = layers_ndim(traces)
-    rest = over_layers(of_layer, n)(x, rotated, traces[n:])
+    of_layers = as_if_automatic(over_layers(of_layer, n), whole=True)
+    rest = of_layers(x, rotated, traces[n:])
     return (*[None] * n, *rest)
 
 
@@ -79,8 +80,8 @@ def _partial_trace(x: Array, axis: int, k: int) -> Array:
     first = jax.lax.slice_in_dim(x, 0, k, axis=axis)
     others = [a for a in range(x.ndim) if a != axis]
     if axis == x.ndim - 1:  # on CPU three times as fast as the other way round
-        return jnp.tensordot(first, x, (others, others), precision=PRECISION).T
-    return jnp.tensordot(x, first, (others, others), precision=PRECISION)
+        return jnp.tensordot(first, x, (others, others), precision=TURNING).T
+    return jnp.tensordot(x, first, (others, others), precision=TURNING)
 
 
 def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
@@ -100,7 +101,7 @@ def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
             lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in xs]),
             *members,
         )
-        done = jax.vmap(_turned)(*together)
+        done = on_every_device(jax.vmap(_turned)(*on_every_device(together)))
         sizes = [flat[i].size // (flat[i].shape[-1] * flat[i].shape[-2]) for i in group]
         ends = list(itertools.accumulate(sizes))
         for i, end, size in zip(group, ends, sizes, strict=True):
@@ -143,7 +144,6 @@ def carried(v: Array, old: Bases, new: Bases) -> Array:
     complete = [q is not None and not _is_leading(q) for q in old]
     if not any(complete):
         return v
-    whole, cut = gathered(v)
     n, dtype = layers_ndim(old), accumulation_dtype(v)
 
     def of_layer(x: Array, old: Any, new: Any) -> Array:
@@ -153,13 +153,13 @@ def carried(v: Array, old: Bases, new: Bases) -> Array:
                 x = multiply_along(jnp.square(overlap), x, axis, transpose=False)
         return x
 
-    take = over_layers(of_layer, n)
-    never = never_estimated(whole)
-    value = take(jnp.where(never, 0, whole).astype(dtype), old[n:], new[n:])
+    take = as_if_automatic(over_layers(of_layer, n))
+    never = never_estimated(v)
+    value = take(jnp.where(never, 0, v).astype(dtype), old[n:], new[n:])
     weight = take((~never).astype(dtype), old[n:], new[n:])
     seen = weight > 0.5
     value = value / jnp.where(seen, weight, 1)
-    return cut(jnp.where(seen, value.astype(v.dtype), no_estimate(v.dtype)))
+    return jnp.where(seen, value.astype(v.dtype), no_estimate(v.dtype))
 
 
 def _is_leading(q: Any) -> bool:

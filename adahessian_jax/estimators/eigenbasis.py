@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks, dtypes, turning
+from adahessian_jax._src.axes import whole_beside
 from adahessian_jax._src.estimator import Estimator, as_estimator
 from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.orthogonal import Bases, rotate_tree
@@ -259,7 +260,7 @@ class _InEigenbasis(Estimator):
         size = self.max_dim, self.n_vectors
         bases = [turning.first_basis(length, *size, dtype) for length in shape[n:]]
         repeated = jax.tree.map(lambda x: jnp.tile(x, (*shape[:n], 1, 1)), bases)
-        return (*[None] * n, *repeated)
+        return (*[None] * n, *whole_beside(leaf, repeated))
 
 
 def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:

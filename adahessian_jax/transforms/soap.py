@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SOAP: Adam in the eigenbases of the gradients' covariances."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import gathered
+from adahessian_jax._src.axes import as_if_automatic, whole_beside
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import PRECISION, rotate
@@ -116,7 +117,8 @@ def scale_by_soap(
             return (None,) * len(shape)
         turned = (1 < n <= max_dim for n in shape)
         pairs = zip(shape, turned, strict=True)
-        return tuple(jnp.zeros((n, n), dtype) if yes else None for n, yes in pairs)
+        grams = tuple(jnp.zeros((n, n), dtype) if yes else None for n, yes in pairs)
+        return whole_beside(leaf, grams)
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
         checks.check_real("params", params)
@@ -188,13 +190,12 @@ def _eigenvectors(gram: Array) -> Array:
 def _turned(v: Array, grams: Traces, bases: Traces) -> tuple[Array, Traces]:
     """Move bases by a step of orthogonal iteration, and an average's entries along."""
     new: list[Array | None] = []
-    v, cut = gathered(v)
     for axis, (gram, q) in enumerate(zip(grams, bases, strict=True)):
         if gram is None or q is None:
             new.append(None)
             continue
         product = jnp.dot(gram, q, precision=PRECISION)
         order = jnp.argsort(jnp.sum(q * product, axis=0))[::-1]
-        v = jnp.take(v, order, axis=axis)
+        v = as_if_automatic(functools.partial(jnp.take, axis=axis))(v, order)
         new.append(jnp.linalg.qr(product[:, order])[0])
-    return cut(v), tuple(new)
+    return v, tuple(new)
