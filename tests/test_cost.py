@@ -2,6 +2,7 @@
 """Operations and memory of a training step, from the compiler, beside optax.adam."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 from jax import export
 
 import adahessian_jax as ah
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, gpt2
 
+BF16 = "bfloat16"
 NHWC = ("NHWC", "HWIO", "NHWC")
 LOSS = ah.losses.softmax_cross_entropy
 
@@ -125,6 +127,37 @@ def test_programs_are_for_the_platform_that_they_run_on(platform):
     text = program.mlir_module()
     assert ("stablehlo.while" in text) == (platform == "cpu")
     assert ("tensor<9x2x4xf32>) -> tensor<1x2x4xf32>" in text) == (platform == "cpu")
+
+
+def test_bytes_of_state_per_parameter_are_those_of_the_docs():
+    net = gpt2()
+    axes, half = {"stacked": net.stacked}, dict.fromkeys(("mu_dtype", "nu_dtype"), BF16)
+    complete = {**axes, "max_dim": 768}
+    published = ah.published
+    rows = [
+        (optax.adam(1), optax.adam(1, mu_dtype=BF16)),
+        (ah.adahessian(1), ah.adahessian(1, **half)),
+        (ah.newton(1, LOSS, **axes), ah.newton(1, LOSS, **axes, **half)),
+        (ah.newton(1, LOSS, **complete), ah.newton(1, LOSS, **complete, **half)),
+        (ah.soap(1, **axes), ah.soap(1, **axes, **half)),
+        (published.paper(1, average_conv_kernel=False), None),
+        (published.davda54(1, update_each=10), None),
+        (published.zack_dugue(1), None),
+        (published.soap(1), None),
+    ]
+
+    def per_parameter(tx):
+        if tx is None:
+            return "-"
+        trees = jax.eval_shape(tx.init, net.params), net.params
+        leaves = [jax.tree.leaves(tree) for tree in trees]
+        total = sum(x.size * x.dtype.itemsize for x in leaves[0])
+        return f"{total / sum(x.size for x in leaves[1]):.2f}"
+
+    text = (pathlib.Path(__file__).parents[1] / "docs/cost_model.md").read_text("utf-8")
+    table = text.partition("| state of | bytes ")[2].partition("\n\n")[0]
+    documented = [line.split(" | ")[1:] for line in table.splitlines()[2:]]
+    assert documented == [[per_parameter(a), f"{per_parameter(b)} |"] for a, b in rows]
 
 
 @recent_compiler

@@ -498,7 +498,7 @@ def test_probes_are_the_same_anywhere_and_not_exchanged():
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    """Two hosts of 4 devices each on loopback end with the run of one of 8."""
+    """Two hosts of 4 devices each, and one of 8 from their checkpoint, end alike."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         address = f"localhost:{s.getsockname()[1]}"
@@ -508,13 +508,14 @@ def test_two_processes(tmp_path):
     env["PYTHONPATH"] = str(script.parents[1])
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     files = [tmp_path / f"{i}.npz" for i in range(3)]
-    runs = []
-    for n, i, file in [(2, 0, files[0]), (2, 1, files[1]), (1, 0, files[2])]:
-        argv = [sys.executable, script, address, str(n), str(i), file]
-        runs.append(subprocess.Popen(argv, env=env, **pipes))
-    for run in runs:
-        output, _ = run.communicate(timeout=300)
-        assert run.returncode == 0, output
+    for together in ([(2, 0, files[0]), (2, 1, files[1])], [(1, 0, files[2])]):
+        runs = []
+        for n, i, file in together:
+            argv = [sys.executable, script, address, str(n), str(i), file, tmp_path]
+            runs.append(subprocess.Popen(argv, env=env, **pipes))
+        for run in runs:
+            output, _ = run.communicate(timeout=300)
+            assert run.returncode == 0, output
     first, second, single = (dict(np.load(file)) for file in files)
     assert len(first) > 20
     chex.assert_trees_all_equal(first, second)
