@@ -24,6 +24,7 @@ class Network(NamedTuple):
     params: Params
     batch: tuple[jax.Array, ...]
     loss_fn: Callable[..., Any]
+    stacked: Callable[..., int] | None = None
 
 
 def mlp(widths: tuple[int, ...] = (784, 512, 512, 10), batch: int = 128) -> Network:
@@ -89,6 +90,63 @@ def gpt(layers: int = 2, width: int = 128, heads: int = 4, batch: int = 8) -> Ne
         return (LOSS(logits, tokens[:, 1:]), logits), ()
 
     return Network(params, (tokens,), loss_fn)
+
+
+def gpt2(
+    layers: int = 12,
+    width: int = 768,
+    vocabulary: int = 50304,
+    length: int = 1024,
+    batch: int = 8,
+) -> Network:
+    """Return GPT-2 small with stacked layers, as shapes only; it computes in bfloat16.
+
+    Without biases, and its vocabulary is made a multiple of 128.
+    """
+    head = 64  # entries of each head of attention
+    shapes = {
+        "embedding": (vocabulary, width),
+        "positions": (length, width),
+        "blocks": {
+            "qkv": (layers, width, 3 * width),
+            "out": (layers, width, width),
+            "up": (layers, width, 4 * width),
+            "down": (layers, 4 * width, width),
+            "norm1": (layers, width),
+            "norm2": (layers, width),
+        },
+        "norm": (width,),
+    }
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+
+    def block(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
+        p = jax.tree.map(lambda w: w.astype(x.dtype), p)
+        b, t, _ = x.shape
+        qkv = jnp.dot(_layer_norm(x, p["norm1"]), p["qkv"]).reshape(b, t, 3, -1, head)
+        mixed = jax.nn.dot_product_attention(
+            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True
+        )
+        x = x + jnp.dot(mixed.reshape(b, t, width), p["out"])
+        hidden = jax.nn.gelu(jnp.dot(_layer_norm(x, p["norm2"]), p["up"]))
+        return x + jnp.dot(hidden, p["down"]), None
+
+    def loss_fn(params: Params, tokens: jax.Array) -> Any:
+        embedding = params["embedding"].astype(jnp.bfloat16)
+        x = embedding[tokens[:, :-1]] + params["positions"].astype(jnp.bfloat16)
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, params["blocks"])
+        x = _layer_norm(x, params["norm"].astype(x.dtype))
+        logits = jnp.dot(x, embedding.T)
+        return (LOSS(logits, tokens[:, 1:]), logits), ()
+
+    def stacked(path: Any, leaf: Any) -> int:
+        return int("blocks" in jax.tree_util.keystr(path))
+
+    return Network(params, (tokens,), loss_fn, stacked)
 
 
 def resnet(blocks_per_stage: int = 1, batch: int = 32) -> Network:

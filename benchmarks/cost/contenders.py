@@ -104,7 +104,7 @@ def recipes(net: Network) -> dict[str, Recipe]:
     davda54_10 = ah.published.davda54(LEARNING_RATE, update_each=10)
     paper = ah.published.paper(LEARNING_RATE, average_conv_kernel=convolutional)
     factor = ah.gauss_newton(LOSS)
-    newton = ah.newton(LEARNING_RATE, LOSS)
+    newton = ah.newton(LEARNING_RATE, LOSS, stacked=net.stacked)
     return {
         "optax.adam": Recipe(adam, (steps.with_objective(adam),)),
         "every step": steps.every(1, plain),
@@ -123,7 +123,7 @@ def recipes(net: Network) -> dict[str, Recipe]:
         ),
         "in_eigenbasis, every 20": steps.every(20, newton, outputs=True),
         "in_eigenbasis, every 20, own rate": steps.every(
-            20, ah.newton(None, LOSS), outputs=True
+            20, ah.newton(None, LOSS, stacked=net.stacked), outputs=True
         ),
         "optax sophia": sophia(1),
         "optax sophia, every 10": sophia(10),
