@@ -46,16 +46,29 @@ def orthogonal_from_columns(columns: Array) -> Orthogonal:
     n, k = columns.shape
     if k == n:
         return jnp.linalg.qr(columns)[0]
-    packed, tau = jnp.linalg.qr(columns, mode="raw")
-    v = jnp.tril(packed.mT, -1) + jnp.eye(n, k, dtype=columns.dtype)
-    # U = V T with T^-1 = diag(1 / tau) + striu(V^T V); tau is 0 for no reflection.
-    upper = jnp.triu(jnp.dot(v.T, v, precision=PRECISION), 1)
-    triangle = jax.scipy.linalg.solve_triangular(
-        jnp.eye(k, dtype=columns.dtype) + tau[:, None] * upper,
-        jnp.diag(tau),
-        unit_diagonal=True,
-    )
-    return Reflectors(jnp.dot(v, triangle, precision=PRECISION), v)
+    nothing = jnp.zeros_like(columns)
+    carry = nothing, nothing, columns
+    (left, right, _), _ = jax.lax.scan(_reflect, carry, jnp.arange(k))
+    return Reflectors(left, right)
+
+
+def _reflect(carry: tuple[Array, Array, Array], j: Array) -> Any:
+    """Turn a column to its axis, by Householder's reflection I - tau v v^T.
+
+    On a TPU, ``jnp.linalg.qr`` of tall matrices takes minutes to compile.
+    """
+    left, right, columns = carry
+    rows = jnp.arange(len(columns))
+    x = jnp.where(rows >= j, columns[:, j], 0)
+    length = jnp.sqrt(jnp.sum(jnp.square(x)))
+    opposite = jnp.where(x[j] < 0, -length, length)
+    pivot = x[j] + opposite
+    v = jnp.where(rows == j, 1, x / jnp.where(length > 0, pivot, 1)).astype(x.dtype)
+    tau = jnp.where(length > 0, pivot / jnp.where(length > 0, opposite, 1), 0)
+    dot = functools.partial(jnp.dot, precision=PRECISION)
+    columns = columns - tau * v[:, None] * dot(v, columns)
+    u = tau * (v - dot(left, dot(v, right)))
+    return (left.at[:, j].set(u), right.at[:, j].set(v), columns), None
 
 
 def first_columns(q: Orthogonal) -> Array:
