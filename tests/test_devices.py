@@ -496,6 +496,18 @@ def test_probes_are_the_same_anywhere_and_not_exchanged():
     chex.assert_trees_all_equal(got, signs(key, ones))
 
 
+def test_all_probes_of_a_device_are_summed_before_they_are_exchanged():
+    def exchanged(n_samples):
+        estimator = ah.hutchinson(n_samples, axis_name="data")
+        tx = make_optimizer("hutchinson", estimator=estimator, update_interval=1)
+        step = on_devices(make_step(tx, "hutchinson", "fused", "data"))
+        return collectives(step, PARAMS, tx.init(PARAMS), X, Y)
+
+    one = exchanged(1)
+    assert one
+    assert exchanged(4) == one
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Two hosts of 4 devices each, and one of 8 from their checkpoint, end alike."""
