@@ -244,6 +244,15 @@ class Interrupting(list):
             yield batch
 
 
+@pytest.fixture
+def interrupts():
+    """Have them heard: a process in the background is started deaf to them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("n", at_once([1, 5, 6], [5]))
 def test_interrupted_and_resumed(n):
     """Nothing is lost, and the end is the same to the last bit."""
@@ -268,6 +277,7 @@ def test_interrupted_and_resumed(n):
             ah.estimate_diagonal(*args[:2], [X], args[3], n_samples=5, start=part)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_a_second_interrupt_is_at_once():
     fun, w, batches, estimator = COUPLED
     batches = Interrupting(batches, 2, times=2)
