@@ -433,6 +433,35 @@ def test_turning_on_explicit_axes_costs_what_it_does_on_automatic_ones(name, axi
     assert (min(gathers) > 0) == (name == "soap")
 
 
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", at_once(["hutchinson", "newton"], ["newton"]))
+@pytest.mark.parametrize("cut", at_once(["state", "params"], ["state"]))
+def test_a_state_cut_otherwise_than_the_parameters(cut, name, kind, x64):
+    """Is right on automatic axes, and refused on explicit ones."""
+    tx, mesh = make_optimizer(name), mesh_of(kind=kind)
+    step, start = make_step(tx, name, "function"), tx.init(PARAMS)
+    expected, _ = train(jax.jit(step), PARAMS, start, X, Y, 6)
+    spec = {"state": P(), "params": P(), cut: P("data")}
+    params = jax.device_put(PARAMS, NamedSharding(mesh, spec["params"]))
+    shapes = {np.shape(x) for x in PARAMS.values()}
+    specs = [
+        spec["state"] if x.shape in shapes else P() for x in jax.tree.leaves(start)
+    ]
+    places = [NamedSharding(mesh, one) for one in specs]
+    state = jax.device_put(start, jax.tree.unflatten(jax.tree.structure(start), places))
+    batch = jax.device_put((X, Y), NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh):
+        kept = jax.tree.map(lambda x: x.sharding, (params, state))
+        jitted = jax.jit(step, out_shardings=kept)
+        if kind == "Explicit":
+            with pytest.raises(ValueError, match=r"state.mu must be cut over the mesh"):
+                jitted(params, state, *batch)
+            return
+        got, _ = train(jitted, params, state, *batch, 6)
+    assert_close(got, expected)
+
+
 @pytest.mark.slow
 def test_fully_sharded_steps_gather_no_state():
     """Parameters are gathered as often as for Adam, and the probe once.

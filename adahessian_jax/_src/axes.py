@@ -194,5 +194,19 @@ def is_cut(x: Array) -> bool:
     return any(axis is not None for axis in getattr(sharding, "spec", ()))
 
 
+def check_cut_alike(name: str, tree: Any, updates: Any) -> None:
+    """Raise if a mesh of explicit axes cuts averages otherwise than the gradient."""
+    for x, g in zip(*map(jax.tree.leaves, (tree, updates)), strict=True):
+        if jnp.shape(x) == jnp.shape(g) and (is_cut(x) or is_cut(g)):
+            got, expected = (jax.typeof(y).sharding.spec for y in (x, g))
+            if got != expected:
+                raise ValueError(
+                    f"{name} must be cut over the mesh as the gradient is, by"
+                    f" {expected}, got {got}. Make the state by tx.init(params) of"
+                    " parameters that are cut alike; or use a mesh of automatic axes,"
+                    " on which each may be cut in its own way."
+                )
+
+
 def _type_of(x: Any) -> Any:
     return jax.typeof(x) if hasattr(jax, "typeof") else None

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from adahessian_jax._src.averaging_rule import AveragingRule
+from adahessian_jax._src.axes import check_cut_alike
 from adahessian_jax._src.checks import (
     check_flag,
     check_float,
@@ -150,6 +151,7 @@ def divide_by(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         _check_state(state, params)
+        check_cut_alike("state.mu", state.mu, updates)
         bases = find_bases(state.curvature, len(jax.tree.leaves(params)))
         if any(bases) and extra_args.get("hessian_diag") is not None:
             raise ValueError(
@@ -158,6 +160,7 @@ def divide_by(
                 " predict_fn, or use an estimator that is not in_eigenbasis(...)."
             )
         curvature_average.check(updates, state.curvature, params, extra_args)
+        check_cut_alike("state.curvature.nu", state.curvature.nu, updates)
         turned = rotate_tree(updates, bases)
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), turned, state.mu)
         kept = jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), mu, state.mu)

@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import as_if_automatic, whole_beside
+from adahessian_jax._src.axes import as_if_automatic, check_cut_alike, whole_beside
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import PRECISION, rotate
@@ -135,6 +135,8 @@ def scale_by_soap(
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params
         checks.check_like("updates", updates, state.mu)
+        check_cut_alike("state.mu", state.mu, updates)
+        check_cut_alike("state.nu", state.nu, updates)
         count, first = state.count, state.count == 0
         t = jnp.maximum(count, 1)
         scale = debias(b1, t) / jnp.sqrt(debias(b2, t))
