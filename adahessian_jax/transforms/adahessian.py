@@ -151,7 +151,6 @@ def divide_by(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         _check_state(state, params)
-        check_cut_alike("state.mu", state.mu, updates)
         bases = find_bases(state.curvature, len(jax.tree.leaves(params)))
         if any(bases) and extra_args.get("hessian_diag") is not None:
             raise ValueError(
@@ -160,6 +159,7 @@ def divide_by(
                 " predict_fn, or use an estimator that is not in_eigenbasis(...)."
             )
         curvature_average.check(updates, state.curvature, params, extra_args)
+        check_cut_alike("state.mu", state.mu, updates)
         check_cut_alike("state.curvature.nu", state.curvature.nu, updates)
         turned = rotate_tree(updates, bases)
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), turned, state.mu)
