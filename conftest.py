@@ -29,6 +29,8 @@ if not hasattr(flax.nnx, "as_pure"):  # Flax before 0.12
 
 def pytest_configure(config):
     """Keep what is compiled: the next run takes half the time."""
+    if not hasattr(config, "cache"):  # with -p no:cacheprovider
+        return
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

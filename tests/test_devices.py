@@ -462,6 +462,29 @@ def test_a_state_cut_otherwise_than_the_parameters(cut, name, kind, x64):
     assert_close(got, expected)
 
 
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
+@pytest.mark.parametrize("name", [*SOAPS, "hutchinson"])
+def test_a_state_made_by_jit_is_as_good(name, x64):
+    """On a mesh of explicit axes, of which ``jit`` is not told."""
+    tx = SOAPS[name] if name in SOAPS else make_optimizer(name, update_interval=1)
+    mesh = mesh_of(kind="Explicit")
+    params = jax.device_put(SQUARE, NamedSharding(mesh, P("data")))
+
+    def objective(p):
+        return sum(jnp.sum(jnp.sin(x) ** 2 + x**4) for x in jax.tree.leaves(p))
+
+    @jax.jit
+    def step(params, state, x, y):
+        grads = jax.grad(objective)(params)
+        extra_args = {"obj_fn": objective} if name == "hutchinson" else {}
+        updates, state = tx.update(grads, state, params, **extra_args)
+        return optax.apply_updates(params, updates), state
+
+    expected, _ = train(step, params, tx.init(params), X, Y)
+    got, _ = train(step, params, jax.jit(tx.init)(params), X, Y)
+    assert_close(got, expected)
+
+
 @pytest.mark.slow
 def test_fully_sharded_steps_gather_no_state():
     """Parameters are gathered as often as for Adam, and the probe once.

@@ -149,9 +149,11 @@ def as_if_automatic(function: Callable[..., Any], *, whole: bool = False) -> Any
 
 
 def whole_beside(x: Any, tree: Any) -> Any:
-    """Put a tree on all devices of a mesh of explicit axes, if ``x`` is on one."""
-    mesh = getattr(getattr(_type_of(x), "sharding", None), "mesh", None)
-    if not getattr(mesh, "explicit_axes", ()):
+    """Put a tree on all devices of a mesh of explicit axes, if ``x`` is on one.
+
+    What a step returns would else be cut as the compiler likes, and come back so.
+    """
+    if not _is_on_explicit_axes(x):
         return tree
     if isinstance(x, jax.core.Tracer):
         return jax.tree.map(lambda y: jax.sharding.reshard(y, _whole(x)), tree)
@@ -197,7 +199,9 @@ def is_cut(x: Array) -> bool:
 def check_cut_alike(name: str, tree: Any, updates: Any) -> None:
     """Raise if a mesh of explicit axes cuts averages otherwise than the gradient."""
     for x, g in zip(*map(jax.tree.leaves, (tree, updates)), strict=True):
-        if jnp.shape(x) == jnp.shape(g) and (is_cut(x) or is_cut(g)):
+        # What is on no mesh, as jit makes it that is not told of one, goes with any.
+        placed = _is_on_explicit_axes(x) and _is_on_explicit_axes(g)
+        if placed and jnp.shape(x) == jnp.shape(g):
             got, expected = (jax.typeof(y).sharding.spec for y in (x, g))
             if got != expected:
                 raise ValueError(
@@ -206,6 +210,11 @@ def check_cut_alike(name: str, tree: Any, updates: Any) -> None:
                     " parameters that are cut alike; or use a mesh of automatic axes,"
                     " on which each may be cut in its own way."
                 )
+
+
+def _is_on_explicit_axes(x: Any) -> bool:
+    mesh = getattr(getattr(_type_of(x), "sharding", None), "mesh", None)
+    return bool(getattr(mesh, "explicit_axes", ()))
 
 
 def _type_of(x: Any) -> Any:

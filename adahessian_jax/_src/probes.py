@@ -22,9 +22,10 @@ def rademacher_like(key: Array, tree: optax.Params) -> optax.Params:
     r"""Draw independent random signs, -1 or +1, in the form of a tree.
 
     All leaves take their signs from one draw of random 32-bit words, so that no two
-    entries share a sign. Tensors of more than 1,024 entries take 32 signs from a word,
-    at a 32nd of the cost of a draw per entry. Over devices that hold parts of the
-    leaves nothing is exchanged: each draws all words, and unpacks those of its parts.
+    entries share a sign. Tensors of more than 1,024 entries take up to 32 signs from a
+    word, at as small a part of the cost of a draw per entry. Over devices that hold
+    parts of the leaves nothing is exchanged: each draws all words, and unpacks those of
+    its parts.
 
     Args:
       key: a PRNG key, typed or raw.

@@ -244,6 +244,10 @@ class _InEigenbasis(Estimator):
 
         x = averages, state.bases, state.traces
         averages, bases, traces = cond(due, turn, lambda x: x, x)
+        leaves = jax.tree.leaves(updates)
+        bases, traces = (
+            tuple(map(whole_beside, leaves, part)) for part in (bases, traces)
+        )
         return averages, state._replace(traces=traces, bases=bases)
 
     def _seen(self, state: EigenbasisState, tree: Any, turned: Any) -> EigenbasisState:
@@ -260,7 +264,7 @@ class _InEigenbasis(Estimator):
         size = self.max_dim, self.n_vectors
         bases = [turning.first_basis(length, *size, dtype) for length in shape[n:]]
         repeated = jax.tree.map(lambda x: jnp.tile(x, (*shape[:n], 1, 1)), bases)
-        return (*[None] * n, *whole_beside(leaf, repeated))
+        return (*[None] * n, *repeated)
 
 
 def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:

@@ -117,8 +117,7 @@ def scale_by_soap(
             return (None,) * len(shape)
         turned = (1 < n <= max_dim for n in shape)
         pairs = zip(shape, turned, strict=True)
-        grams = tuple(jnp.zeros((n, n), dtype) if yes else None for n, yes in pairs)
-        return whole_beside(leaf, grams)
+        return tuple(jnp.zeros((n, n), dtype) if yes else None for n, yes in pairs)
 
     def init_fn(params: optax.Params) -> ScaleBySoapState:
         checks.check_real("params", params)
@@ -177,6 +176,9 @@ def scale_by_soap(
             return cond(count % every == 0, turn, lambda x: x, nu_and_bases)
 
         nu, bases = cond(first, start, later, (nu, state.bases))
+        grams, bases = (
+            tuple(map(whole_beside, leaves, part)) for part in (grams, bases)
+        )
         steps, mu, nu = (jax.tree.unflatten(treedef, x) for x in (steps, mu, nu))
         count = optax.safe_increment(count)
         return steps, ScaleBySoapState(count, mu, nu, grams, bases)

@@ -34,8 +34,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("target", choices=targets.NAMES)
     add("--networks", nargs="+", choices=NETWORKS, default=NETWORKS[:3])
-    add("--steps", nargs="+", metavar="STEP", help="by default all of them")
-    add("--ways", nargs="+", metavar="WAY", help="by default all of them")
+    add("--steps", nargs="+", metavar="STEP", help="beside Adam's; by default all")
+    add("--ways", nargs="+", choices=targets.WAYS, help="by default all of them")
     add("--out", type=Path, default=Path(__file__).parent.parent / "results")
     return parser.parse_args()
 
@@ -47,6 +47,8 @@ def main() -> None:
     from benchmarks import networks  # imports JAX: after the environment is set
     from benchmarks.ahead_of_time import programs, report
 
+    if unknown := set(args.steps or ()) - set(programs.STEPS):
+        raise SystemExit(f"--steps: no {sorted(unknown)} among {programs.STEPS}.")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "ahead_of_time.json"
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
@@ -57,12 +59,13 @@ def main() -> None:
     for name in args.networks:
         large = name == "GPT-2 small"
         net = networks.gpt2() if large else networks.NETWORKS[name]()
-        for way in args.ways or (programs.WAYS[-1:] if large else programs.WAYS):
-            for step in args.steps or programs.STEPS:
+        for way in args.ways or (targets.WAYS[-1:] if large else targets.WAYS):
+            ways = results[args.target]["networks"].setdefault(name, {})
+            rows = ways.setdefault(way, {})
+            baseline = [s for s in programs.STEPS[:1] if s not in rows]
+            for step in dict.fromkeys(baseline + list(args.steps or programs.STEPS)):
                 print(f"{name}, {way}: {step}", flush=True)
-                row = programs.measured(net, step, way, devices)
-                rows = results[args.target]["networks"].setdefault(name, {})
-                rows.setdefault(way, {})[step] = row
+                rows[step] = programs.measured(net, step, way, devices)
                 path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     report.write(path)
 

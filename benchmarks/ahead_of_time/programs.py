@@ -16,7 +16,6 @@ import adahessian_jax as ah
 from benchmarks.cost.contenders import LEARNING_RATE, Recipe, Steps, recipes
 from benchmarks.networks import Network
 
-WAYS = ("one device", "data parallel", "state sharded", "fully sharded")
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 N_DEVICES = 8
-_H100 = Path(__file__).parent / "h100.txtpb"
+WAYS = ("one device", "data parallel", "state sharded", "fully sharded")
+_H100 = Path(__file__).parent / "h100.txtpb"  # in the terms of XLA
 NAMES = {"tpu": "TPU v5e", "cuda": "NVIDIA H100"}
 
 # The compiler for a TPU asks its host for these.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is read off compiled programs, and the committed table."""
 
+import json
 import pathlib
 import shutil
 
@@ -10,7 +11,7 @@ import pytest
 
 import benchmarks
 from benchmarks import networks
-from benchmarks.ahead_of_time import programs, report
+from benchmarks.ahead_of_time import programs, report, targets
 
 RESULTS = pathlib.Path(benchmarks.__file__).parent / "results"
 # As compilers for CPU, TPU and CUDA write them.
@@ -35,7 +36,7 @@ def test_collectives_are_counted_by_their_results():
     }
 
 
-@pytest.mark.parametrize("way", programs.WAYS)
+@pytest.mark.parametrize("way", targets.WAYS)
 def test_a_step_is_compiled_in_every_way(way):
     """For the CPU's devices; rows of the batch are dealt out, and what the way says."""
     net = networks.mlp((64, 64, 8), batch=16)
@@ -63,6 +64,15 @@ def test_every_step_is_one_of_the_costs():
     for name in programs.STEPS:
         step, tx = programs.step_and_optimizer(net, name)
         jax.eval_shape(step, net.params, tx.init(net.params), *net.batch)
+
+
+def test_no_committed_step_calls_the_host_or_computes_in_float64():
+    """As the documentation says."""
+    results = json.loads((RESULTS / "ahead_of_time.json").read_text("utf-8"))
+    for target in results.values():
+        for ways in target["networks"].values():
+            for row in (row for rows in ways.values() for row in rows.values()):
+                assert row["callbacks"] == row["float64"] == 0
 
 
 def test_committed_table_is_that_of_the_committed_result(tmp_path):
