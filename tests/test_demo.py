@@ -18,7 +18,7 @@ from adahessian_jax.demo import compare as demo_compare
 from adahessian_jax.demo import data as demo_data
 from adahessian_jax.demo.cli import main
 from adahessian_jax.demo.compare import TASKS, compare
-from adahessian_jax.demo.data import DataError
+from adahessian_jax.demo.image_files import DataError
 from adahessian_jax.demo.models import CharTransformer
 
 SLOW = pytest.mark.slow

@@ -22,6 +22,7 @@ from adahessian_jax import losses
 from adahessian_jax._src.curvature_state import nodes_of_type
 from adahessian_jax._src.estimator import are_alike
 from adahessian_jax.transforms.adahessian import ScaleByAdaHessianState
+from tests.problems import at_once
 
 SOFTMAX = losses.softmax_cross_entropy
 RNG = np.random.default_rng(0)
@@ -55,6 +56,9 @@ ESTIMATORS = {
     "gauss_newton_2": ah.gauss_newton(SOFTMAX, n_samples=2),
     "in_eigenbasis": ah.in_eigenbasis(GAUSS_NEWTON, max_dim=2, n_vectors=1),
 }
+
+
+FEW = "hutchinson", "low_rank", "control", "in_eigenbasis"
 
 
 def extra_args(name):
@@ -100,7 +104,7 @@ def compilations():
     not hasattr(jax, "shard_map"), reason="older versions compile more outside jit"
 )
 @pytest.mark.parametrize("path", ["always", "every second", "fused"])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", at_once(ESTIMATORS, FEW))
 def test_nothing_is_compiled_after_both_kinds_of_step(name, path):
     fused = path == "fused"
     tx = optimizer(name, 1 if path == "always" else 2)
@@ -157,7 +161,7 @@ def test_estimators_and_optimizers_survive_as_values(name):
     assert not any(are_alike(twin, other) for other in others)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", at_once(ESTIMATORS, FEW))
 def test_states_pickle_map_and_are_donated(name):
     """No array is in two fields, and none is lost."""
     tx = optimizer(name, interval=2)
@@ -262,7 +266,7 @@ SEEDED = {
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("name", at_once(SEEDED, ["control", "in_eigenbasis"]))
 def test_passes_the_checks_of_jax(name, check):
     w = jnp.ones((3, 3))
     x = jnp.concatenate([X[:, :2], jnp.zeros((8, 1))], axis=1)  # no curvature in a row

@@ -19,6 +19,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import adahessian_jax as ah
+from tests.problems import at_once
 from tests.test_devices import (
     LOSS,
     PARAMS,
@@ -53,7 +54,7 @@ def through_checkpoint(path, tree, like):
         return checkpointer.restore(path / "checkpoint", like)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", at_once(CASES, ["hutchinson", "newton", "momentum"]))
 def test_goes_on_bit_for_bit(name, tmp_path):
     """Cut after 6 of 11 steps, in the middle of a cycle of 4."""
     tx, params = CASES[name], PARAMS
@@ -204,8 +205,9 @@ CHANGED = {  # by what, beside an update_interval of 2
     | {"schedule": optax.constant_schedule(0.5)},
 }
 CHANGES = [(make, *x) for make, change in CHANGED.items() for x in change.items()]
-SLOW = pytest.mark.slow
-MARKED = [pytest.param(*x, marks=SLOW if x[0] is ah.newton else ()) for x in CHANGES]
+# Of each verdict some.
+SOON = "learning_rate", "hessian_ema", "update_interval", "nu_dtype", "averaging"
+NOW = [x for x in CHANGES if x[0] is ah.adahessian and x[1] in SOON]
 # Of these the first update tells nothing.
 LATER = ("update_interval", "initial_refreshes", "decay", "turn_interval", "b1", "b2")
 
@@ -216,9 +218,10 @@ def test_the_table_has_every_argument():
     assert table_of_the_docs().keys() == {name for _, name, _ in CHANGES}
 
 
-@pytest.mark.parametrize(("make", "name", "value"), MARKED, ids=lambda x: str(x)[:20])
-def test_what_may_change_between_runs(make, name, value):
+@pytest.mark.parametrize("change", at_once(CHANGES, NOW), ids=lambda x: str(x[1]))
+def test_what_may_change_between_runs(change):
     """A free argument acts as if it had been there before, at the first update."""
+    make, name, value = change
     first = {"learning_rate": 0.1, "update_interval": 2}
     if make is ah.newton:
         first |= {"loss": LOSS, "max_dim": 16}

@@ -95,7 +95,11 @@ def test_adahessian(x64):
 )
 @pytest.mark.parametrize(
     ("shapes", "learning_rate", "tolerance"),
-    [(UNIQUE, 0.1, 1e-11), (UNIQUE, None, 1e-10), (WIDE, 0.1, 1e-7)],
+    [
+        (UNIQUE, 0.1, 1e-11),
+        (UNIQUE, None, 1e-10),
+        pytest.param(WIDE, 0.1, 1e-7, marks=pytest.mark.slow),
+    ],
     ids=["given-rate", "own-rate", "wide"],
 )
 def test_newton(x64, shapes, learning_rate, tolerance):

@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         # Late, so that --help needs none of the packages of the demo.
         from adahessian_jax.demo.compare import compare
-        from adahessian_jax.demo.data import DataError
+        from adahessian_jax.demo.image_files import DataError
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in _PACKAGES:

@@ -17,7 +17,8 @@ from rich.progress import (
 
 import adahessian_jax as ah
 from adahessian_jax.demo.curvature import LOSS, make_look
-from adahessian_jax.demo.data import DataError, load_digits, load_shakespeare, thin
+from adahessian_jax.demo.data import load_digits, load_shakespeare, thin
+from adahessian_jax.demo.image_files import DataError
 from adahessian_jax.demo.models import CharTransformer, ConvNet
 from adahessian_jax.demo.report import COLORS, plot, summary, table
 from adahessian_jax.demo.training import Run, train, warmup_cosine

