@@ -56,7 +56,7 @@ def functional(
 
     def of_params(some: optax.Params) -> Any:
         try:
-            whole = fill_masked(some, params)
+            whole = fill_masked(nnx.as_pure(some), params)
         except ValueError as error:
             raise ValueError(
                 "The optimizer's parameters are other variables of the module than"

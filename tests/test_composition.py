@@ -163,6 +163,36 @@ def test_masks_and_leaves_of_all_kinds():
         assert advice in error.value.__notes__[0]
 
 
+def test_groups_with_one_rate_of_their_own():
+    """Groups alike are one, if one quadratic model comes behind all of them."""
+
+    def scale():
+        return ah.scale_by_adahessian(estimator=ah.gauss_newton(LOSS), eps=0.1)
+
+    def with_rate(tx):
+        model = ah.scale_by_quadratic_model(LOSS)
+        return optax.chain(tx, model, optax.scale_by_learning_rate(1.0))
+
+    labels = {name: name for name in PARAMS}
+    groups = optax.partition({name: scale() for name in PARAMS}, labels)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(tx, params, state):
+        grads = jax.grad(loss_fn)(params)
+        args = {"predict_fn": ah.unmasked(predict, params), "grad": grads}
+        updates, state = tx.update(grads, state, params, **args)
+        return optax.apply_updates(params, updates), state
+
+    ends = []
+    for tx in map(with_rate, (scale(), groups)):
+        params, state = PARAMS, tx.init(PARAMS)
+        for _ in range(3):
+            params, state = step(tx, params, state)
+        ends.append(params)
+    assert_close(*ends)
+    assert loss_fn(params) < loss_fn(PARAMS)
+
+
 STATIC = {ah.adahessian: ["seed"], ah.newton: ["loss", "seed", "max_dim", "n_vectors"]}
 
 

@@ -388,6 +388,7 @@ WRONG = [  # names, TypeError, ValueError
      " turn_vectors unbiased"
      " unroll zack_dugue.control_variate", [1, "yes"], []),
     ("axes_from hessian_ema layout mode reduction", [], ["no such", ["rms"]]),
+    ("sign", [], [0, 2, "no such"]),
     ("loss", ["l2_loss", optax.l2_loss, None], []),
     ("estimator tx", ["hutchinson", ah.hutchinson], []),
     ("control_variate", ["ema", ah.ema_control], []),

@@ -216,6 +216,22 @@ def test_nnx_trains_the_matrices_of_lora_only(path):
     chex.assert_trees_all_equal(after, before)
 
 
+@nnx_only
+def test_nnx_parameters_as_the_module_has_them():
+    """For functions of parameters ``nnx.state`` is as good as the arrays in it."""
+    model = nnx.Linear(6, 3, param_dtype=float, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, ah.adahessian(0.1), wrt=nnx.Param)
+    fun = ours.functional(lambda m: nnx_loss(m, X, Y), model)
+    optimizer.update(model, nnx.grad(nnx_loss)(model, X, Y), obj_fn=fun)
+    params, tx = nnx.state(model, nnx.Param), optimizer.tx
+    state, arrays = optimizer.opt_state, nnx.as_pure(params)
+    results = [
+        (ah.hessian_diag(fun, p), ah.largest_eigenvalues(fun, p, preconditioner=by))
+        for p, by in ((params, (tx, state)), (arrays, (tx, nnx.as_pure(state))))
+    ]
+    CLOSE(*map(nnx.as_pure, results))
+
+
 # A function of the module for one of parameters, or the reverse: what the error names.
 # fmt: off
 MISTAKEN = {

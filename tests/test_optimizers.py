@@ -433,6 +433,25 @@ def test_turned_leaves_of_all_shapes(name, nan):
     assert jnp.sum(predict_fn(params) ** 2) < jnp.sum(predict_fn(start) ** 2)
 
 
+@pytest.mark.parametrize("interval", [1, 20])
+@pytest.mark.parametrize("axes_from", ["gradients", "factors"])
+def test_a_group_without_parameters(axes_from, interval):
+    """As where weight decay spares biases, and there are none."""
+    estimator = ah.in_eigenbasis(ah.gauss_newton(SQUARES), axes_from=axes_from)
+    options = {"estimator": estimator, "update_interval": interval}
+    tx, w, x = ah.adahessian(0.1, **options), {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    split = optax.partition({"decay": tx, "none": tx}, {"w": "decay"})
+
+    def train(tx):
+        args = {"predict_fn": ah.unmasked(lambda p: x @ p["w"], w)}
+        step, state = jax.jit(lambda s: tx.update(w, s, w, **args)), tx.init(w)
+        for _ in range(3):
+            updates, state = step(state)
+        return updates
+
+    close(train(split), train(tx))
+
+
 # The quadratic model ----------------------------------------------------------------
 
 
@@ -446,6 +465,7 @@ def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign, momentum):
     of_outputs = functools.partial(loss, labels=Y, where=where)
     ggn = dense_ggn(lambda f: of_outputs(f), predict, W)
     options = {"decay": 0.8, "max_learning_rate": 3.0, "momentum": momentum}
+    options["sign"] = int(sign) if momentum else None  # said, or found out
     tx = ah.scale_by_quadratic_model(loss, 0.6, **options)
     n = 2 if momentum else 1
     state, s, c, last = tx.init(W), np.zeros(n), np.zeros((n, n)), None
@@ -501,6 +521,27 @@ def test_rate_and_momentum_are_conjugate_gradients():
         values.append(float(value))
     assert values[3] > 1e-6 * values[0]
     assert values[4] < 1e-10 * values[0]  # but for the ridge
+
+
+def test_own_rate_never_climbs_where_decay_outweighs_the_gradient(x64):
+    """Not at a minimum, and when the data change there it goes on."""
+    x, w = jnp.asarray(X), jnp.arange(1.0, 4)[:, None]
+    tx, start = ah.newton(None, losses.squared_error, weight_decay=0.01), w * (1 - 1e-5)
+
+    def train(target):
+        def step(carry, _):
+            w, state = carry
+            loss = lambda w: losses.squared_error(x @ w, x @ target)  # noqa: E731
+            value, grads = jax.value_and_grad(loss)(w)
+            updates, state = tx.update(grads, state, w, predict_fn=lambda w: x @ w)
+            return (w + updates, state), value
+
+        return jax.jit(lambda carry: jax.lax.scan(step, carry, length=30))
+
+    carry, values = train(w)((start, tx.init(start)))
+    assert values.max() == values[0]
+    _, values = train(w[::-1])(carry)
+    assert values[-1] < 1e-2 * values[0]
 
 
 def test_no_curvature_along_the_updates_is_a_rate_of_zero_and_integers_stay():

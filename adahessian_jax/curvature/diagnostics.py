@@ -64,7 +64,8 @@ def diagnostics(
       - ``"trace_standard_error"``, with a :class:`.DiagonalEstimate`.
       - ``"step_size/PATH/q"``, with updates: the quantiles q of 0.05, 0.5 and 0.95 of
         :math:`|u_i| / |m_i|` in each parameter, the step that a unit of momentum takes
-        there, learning rate included; ``"step_size/q"``, of all parameters.
+        there, learning rate included, 0 if none has momentum; ``"step_size/q"``, of all
+        parameters.
       - ``"learning_rate"``, the last one that a quadratic model found, as in
         ``newton(None, loss)``.
       - ``"sharpness"``, ``"preconditioned_sharpness"``: the first value of each, if
@@ -152,21 +153,36 @@ def diagnostics(
 
 
 def _ratio(x: Array, y: Array) -> Array:
-    """Return ``|x| / |y|``, NaN where y is 0; an integer leaf stays as it is."""
+    """Return ``|x| / |y|``, -1 where y is 0; an integer leaf stays as it is."""
     if not is_differentiable(y):
         return y
     wide = accumulation_dtype(x, y)
-    return jnp.abs(x.astype(wide)) / jnp.where(y != 0, jnp.abs(y), jnp.nan).astype(wide)
+    divisor = jnp.where(y == 0, 1, jnp.abs(y)).astype(wide)
+    return jnp.where(y == 0, -1, jnp.abs(x.astype(wide)) / divisor)
 
 
 def _quantiles(name: str, tree: Any) -> dict[str, Array]:
-    """Return the quantiles of the entries of each leaf, without those that are NaN."""
+    """Return the quantiles of the entries of each leaf that are not negative."""
     return {
-        "/".join([name, *_name(path), str(q)]): jnp.nanquantile(x, q)
+        "/".join([name, *_name(path), str(q)]): _quantile(jnp.sort(x, axis=None), q)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
         if is_differentiable(x) and x.size
         for q in (0.05, 0.5, 0.95)
     }
+
+
+def _quantile(x: Array, q: float) -> Array:
+    """Return a quantile of sorted entries, of those that are not negative.
+
+    ``jnp.nanquantile`` would need NaN, which ``jax_debug_nans`` takes for an error.
+    """
+    others = jnp.sum(x < 0)
+    place = q * jnp.maximum(x.size - 1 - others, 0).astype(x.dtype)
+    low = jnp.floor(place)
+    first = jnp.minimum(others + low.astype(others.dtype), x.size - 1)
+    below, above = x[first], x[jnp.minimum(first + 1, x.size - 1)]
+    value = below + (above - below) * (place - low)
+    return jnp.where(others < x.size, value, 0)
 
 
 def _flat(tree: Any, like: Any) -> tuple[Array, int]:

@@ -252,8 +252,10 @@ def _of_optimizer(tx: Any, state: Any, params: Any) -> Any:
         return jnp.broadcast_to(x, jnp.shape(p))
 
     shown = masking.mask_like(params, inner.nu)
-    bases = find_bases(inner, len(jax.tree.leaves(shown)))
-    return map_floats(root, inner.nu, shown), bases
+    leaves, treedef = jax.tree.flatten(shown)
+    # Flax NNX has variables of another kind in the optimizer's state.
+    nu = jax.tree.unflatten(treedef, jax.tree.leaves(inner.nu))
+    return map_floats(root, nu, shown), find_bases(inner, len(leaves))
 
 
 def _sum(start: Eigenpairs, params: Any) -> Floats:

@@ -24,11 +24,11 @@ class DiagonalEstimate(NamedTuple):
     r"""The mean of independent estimates of a diagonal, and what goes on with it.
 
     ``standard_error`` is that of each entry of the mean, a tree like it, and
-    ``trace_standard_error`` that of the trace; both NaN below two samples.
-    ``relative_error`` is the root of :math:`\sum_i s_i^2 / \sum_i d_i^2` with these
-    errors s and, for the true diagonal d, the mean's squares less those of s; infinite
-    where nothing is left, and below two samples. Trees have the structure and shapes of
-    the parameters, in float32 or wider, with zeros at leaves that are held fixed.
+    ``trace_standard_error`` that of the trace. ``relative_error`` is the root of
+    :math:`\sum_i s_i^2 / \sum_i d_i^2` with these errors s and, for the true diagonal
+    d, the mean's squares less those of s; infinite where nothing is left. All three are
+    infinite below two samples. Trees have the structure and shapes of the parameters,
+    in float32 or wider, with zeros at leaves that are held fixed.
 
     Attributes:
       mean: of all whole samples.
@@ -73,7 +73,8 @@ class DiagonalEstimate(NamedTuple):
 
     def _error(self, deviations: Array) -> Array:
         n = self.n_samples
-        return jnp.sqrt(deviations / n / (n - 1)) if n > 1 else deviations * jnp.nan
+        unknown = jnp.full_like(deviations, jnp.inf)
+        return jnp.sqrt(deviations / n / (n - 1)) if n > 1 else unknown
 
 
 def estimate_diagonal(

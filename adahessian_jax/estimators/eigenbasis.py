@@ -179,34 +179,33 @@ class _InEigenbasis(Estimator):
         self, fun: Any, state: EigenbasisState, params: Any, **extra_args: Any
     ) -> tuple[Any, Any, optax.Updates, EigenbasisState]:
         inner, inner_state = self.inner, state.estimator_state
-        if not jax.tree.leaves(params):
-            state = state._replace(bases=())
+        bases = state.bases if jax.tree.leaves(params) else ()
         if self.squares:
             value, grads, factor, inner_state = inner.value_and_grad(
                 fun, inner_state, params, **extra_args
             )
-            turned = rotate_tree(factor, state.bases)
-            if self.axes_from == "factors":
+            turned = rotate_tree(factor, bases)
+            if self.axes_from == "factors" and bases:
                 state = self._seen(state, factor, turned)
             diag = dtypes.map_floats(jnp.square, turned)
             return value, grads, diag, state._replace(estimator_state=inner_state)
 
         def back(turned: Any) -> Any:
-            return _as(params, rotate_tree(turned, state.bases, back=True))
+            return _as(params, rotate_tree(turned, bases, back=True))
 
         def of_turned(function: Any) -> Any:
             return None if function is None else lambda x: function(back(x))
 
         functions = {k: of_turned(extra_args.get(k)) for k in ("obj_fn", "predict_fn")}
         extra_args |= {k: f for k, f in functions.items() if f is not None}
-        at = rotate_tree(params, state.bases)
+        at = rotate_tree(params, bases)
         if isinstance(inner, Estimator):
             value, grads, diag, inner_state = inner.value_and_grad(
                 of_turned(fun), inner_state, at, **extra_args
             )
             grads = None if grads is None else back(grads)
         elif fun is None:
-            value, grads = None, rotate_tree(extra_args.pop("updates"), state.bases)
+            value, grads = None, rotate_tree(extra_args.pop("updates"), bases)
             diag, inner_state = inner.update(grads, inner_state, at, **extra_args)
         else:
             raise ValueError(

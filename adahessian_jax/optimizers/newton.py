@@ -55,7 +55,9 @@ def newton(
     :math:`\lambda` is ``weight_decay`` and :math:`\hat{m}_t, \hat{v}_t` are averages of
     gradient and curvature. With a rate of None it is found at each step, for two thirds
     of a gradient more, by :func:`adahessian_jax.scale_by_quadratic_model`; with a
-    ``b1`` of None as well, the momentum, too: for the loss of all data at once.
+    ``b1`` of None as well, the momentum, too: for the loss of all data at once. Such a
+    rate is for the step of all parameters: have one such ``newton``, not one for each
+    of several groups, whose steps would go too far together.
 
     Args:
       learning_rate: a number or a schedule; None for its own rate. Start at a tuned
@@ -71,7 +73,8 @@ def newton(
       initial_refreshes: before that, estimate on each of so many first updates.
       schedule: relative to its own rate, so that it peaks at 1.
       weight_decay: decoupled weight decay, at least 0. Its own rate is about a hundred
-        times AdamW's: divide the decay by that.
+        times AdamW's: divide the decay by that. Where decay outweighs the gradient, so
+        that the step would raise the loss, its own rate is 0.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
       decay: and so on: of the axes, see :func:`adahessian_jax.in_eigenbasis`.
       turn_interval: how often they turn.
@@ -157,8 +160,8 @@ def newton(
     if learning_rate is not None:
         return optax.chain(*parts, scale_by_rate(learning_rate))
     both: dict[str, Any] = {"fraction": 1.0, "decay": 0.0, "momentum": True}
-    model = both if b1 is None else {}
-    parts.append(scale_by_quadratic_model(loss, **model, axis_name=axis_name))
+    model = {"sign": 1, "axis_name": axis_name} | (both if b1 is None else {})
+    parts.append(scale_by_quadratic_model(loss, **model))
     chain = optax.chain(*parts, scale_by_rate(1.0 if schedule is None else schedule))
 
     def update_fn(

@@ -26,8 +26,8 @@ class ScaleByQuadraticModelState(NamedTuple):
       slope: moving average of the loss's slopes along the directions, shape (n,).
       curvature: moving average of its Gauss-Newton matrix between them, (n, n).
       learning_rate: by what the last updates were multiplied, shape ().
-      sign: of the first slope: 1 for updates of the gradient's sign, -1 for those that
-        were turned, 0 before there is a slope, shape ().
+      sign: 1 for updates of the gradient's sign, -1 for those that were turned, 0 while
+        that is not known, shape ().
       previous: the last step before a later learning rate, None without momentum.
     """
 
@@ -44,6 +44,7 @@ def scale_by_quadratic_model(
     *,
     decay: ArrayLike = 0.9,
     momentum: bool = False,
+    sign: int | None = None,
     max_learning_rate: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -84,15 +85,19 @@ def scale_by_quadratic_model(
         model says that the loss rises.
       decay: decay rate of both averages, in [0, 1).
       momentum: whether to go along the last step, too.
+      sign: of the incoming updates, 1 for the gradient's, or -1 after
+        ``optax.scale_by_learning_rate``, which turns it. With None the first slope that
+        is not zero says which, for good: say it where weight decay in the updates may
+        then outweigh the gradient.
       max_learning_rate: above 0, or None for no maximum but the model's.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. ``grad`` and the updates must be those of the whole batch already.
 
     Returns:
-      A transformation, with a :class:`.ScaleByQuadraticModelState`. Its place is before
-      or after ``optax.scale_by_learning_rate``, which turns the sign: the first slope
-      says which. ``update`` takes ``grad=g``, the gradients, of the structure and
-      shapes of the parameters, and, as :func:`adahessian_jax.gauss_newton` does,
+      A transformation, with a :class:`.ScaleByQuadraticModelState`, for the step of all
+      parameters: two that each find a rate for a group of their own go too far
+      together. ``update`` takes ``grad=g``, the gradients, of the structure and shapes
+      of the parameters, and, as :func:`adahessian_jax.gauss_newton` does,
       ``predict_fn=h``, from parameters to outputs or ``(outputs, where)``, and
       ``labels=y`` for a loss whose curvature depends on them. Updates that are not
       floating point are left as they are. Where no curvature was seen along the updates
@@ -129,6 +134,7 @@ def scale_by_quadratic_model(
     checks.check_float("fraction", fraction, 0.0, exclusive=True)
     checks.check_float("decay", decay, 0.0, 1.0)
     checks.check_flag("momentum", momentum)
+    checks.check_choice("sign", sign, (None, 1, -1))
     if max_learning_rate is not None:
         checks.check_float("max_learning_rate", max_learning_rate, 0.0, exclusive=True)
     checks.check_axis_name(axis_name)
@@ -139,9 +145,9 @@ def scale_by_quadratic_model(
         dtype = accumulation_dtype(*jax.tree.leaves(params))
         slope, curvature = jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)
         # An array each: a buffer can be donated once.
-        rate, sign = (jnp.zeros((), dtype) for _ in range(2))
+        rate, first_sign = (jnp.full((), x, dtype) for x in (0, sign or 0))
         previous = jax.tree.map(jnp.zeros_like, params) if momentum else None
-        return ScaleByQuadraticModelState(slope, curvature, rate, sign, previous)
+        return ScaleByQuadraticModelState(slope, curvature, rate, first_sign, previous)
 
     def update_fn(
         updates: Any,
