@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from adahessian_jax._src.checks import check_callable, raise_if
 from adahessian_jax._src.loss import Loss as Loss
@@ -52,11 +53,8 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
     def factor(f: Array, signs: Array, labels: Any) -> Array:
         h = by_row(jax.jacrev(jax.grad(loss)), labels, f)
         values, vectors = jnp.linalg.eigh(h)
-        rounding = 100 * jnp.finfo(values.dtype).eps
-        concave = values < -rounding * jnp.abs(values).max(axis=-1, keepdims=True)
-        raise_if(jnp.any(concave), _NOT_CONVEX)
-        # Makes NaN where nothing could raise.
-        roots = jnp.where(concave, jnp.nan, jnp.sqrt(jnp.maximum(values, 0)))
+        largest = jnp.abs(values).max(axis=-1, keepdims=True)
+        roots = _roots(values, largest)
         return jnp.einsum("...ij,...j->...i", vectors, roots * signs)
 
     def product(f: Array, v: Array, labels: Any) -> Array:
@@ -111,9 +109,7 @@ def _elementwise(name: str, losses: Any, curvature: Any, takes: bool = False) ->
     """Make a loss of functions of outputs and labels to each output's."""
 
     def factor(f: Array, signs: Array, labels: Any) -> Array:
-        h = curvature(f, labels)
-        raise_if(jnp.any(h < 0), _NOT_CONVEX)
-        return jnp.sqrt(h) * signs
+        return _roots(curvature(f, labels), 0) * signs
 
     def product(f: Array, v: Array, labels: Any) -> Array:
         return curvature(f, labels) * v
@@ -121,10 +117,21 @@ def _elementwise(name: str, losses: Any, curvature: Any, takes: bool = False) ->
     return Loss(name, "element", losses, factor, product, takes)
 
 
-_NOT_CONVEX = (
-    "loss must be convex in the outputs, but its second derivative there is negative in"
-    " some direction: a Gauss-Newton matrix then has no real factor. Use hutchinson()."
-)
+def _roots(curvature: Array, largest: ArrayLike) -> Array:
+    """Return square roots, of zero where a curvature is below it by rounding alone.
+
+    A row that is nearly certain has the differences of numbers near 1 as curvature.
+    """
+    eps = jnp.finfo(curvature.dtype).eps
+    concave = curvature < -eps * jnp.maximum(1e4, 100 * largest)
+    raise_if(
+        jnp.any(concave),
+        "loss must be convex in the outputs, but its second derivative there is"
+        " negative in some direction, by more than rounding: a Gauss-Newton matrix then"
+        " has no real factor. Use hutchinson().",
+    )
+    # Makes NaN where nothing could raise.
+    return jnp.where(concave, jnp.nan, jnp.sqrt(jnp.maximum(curvature, 0)))
 
 
 def _softmax_losses(outputs: Array, labels: Array) -> Array:

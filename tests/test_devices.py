@@ -328,6 +328,7 @@ def placed_like(x, other):
 MESHES = [("Auto", "function"), ("Explicit", "fused"), ("Explicit", PARTS)]
 BOTH = [(i, name, j) for i, name in enumerate(OPTIMIZERS) for j in range(2)]
 MESH_CASES = [(name, *MESHES[(i + j) % 3], j == 1) for i, name, j in BOTH]
+MESH_CASES += [("newton", *MESHES[1], True)]
 FIRST_CASES = [case for case in MESH_CASES if case[2] != PARTS and case[3]]
 
 
@@ -487,6 +488,73 @@ def test_a_state_made_by_jit_is_as_good(name, x64):
     expected, _ = train(step, params, tx.init(params), X, Y)
     got, _ = train(step, params, jax.jit(tx.init)(params), X, Y)
     assert_close(got, expected)
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
+@pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", "b")], ids=str)
+def test_diagnostics_of_what_explicit_axes_cut(spec):
+    """And the check of a loss by one's own, at outputs that they cut."""
+    kinds = (TYPES.Explicit,) * 2
+    mesh = jax.make_mesh(
+        (2, 2), ("a", "b"), devices=jax.devices()[:4], axis_types=kinds
+    )
+    soap, whole = SOAPS["leading"], jax.tree.map(jnp.float32, SQUARE)
+    with jax.set_mesh(mesh):
+        cut = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P("a"))}
+        reports = []
+        for params in (whole, jax.device_put(whole, cut)):
+            updates, state = jax.jit(soap.update)(params, soap.init(params), params)
+            look = functools.partial(ah.diagnostics, updates=updates, estimate=params)
+            reports += [look(state), jax.jit(look)(state)]
+        for report in reports[1:]:
+            chex.assert_trees_all_close(report, reports[0], rtol=1e-5)
+        L2.check(lambda f: L2(f, 0 * f), jax.device_put(whole["w"], cut["w"]))
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
+def test_turning_where_only_one_axis_is_manual(x64):
+    """Inside shard_map of an axis, beside an explicit one that cuts parameters."""
+    kinds = TYPES.Auto, TYPES.Explicit
+    mesh = jax.make_mesh(
+        (2, 2), ("a", "b"), devices=jax.devices()[:4], axis_types=kinds
+    )
+    grads, soap = jax.tree.map(jnp.asarray, SQUARE), SOAPS["soap"]
+    expected, _ = soap.update(grads, soap.init(SQUARE), SQUARE)
+    with jax.set_mesh(mesh):
+        w = jax.device_put(SQUARE, NamedSharding(mesh, P()))
+        w["w"] = jax.device_put(SQUARE["w"], NamedSharding(mesh, P(None, "b")))
+
+        def update(state, w):
+            return soap.update(w, state, w)[0]
+
+        specs = {"in_specs": P(), "out_specs": P(), "axis_names": {"a"}}
+        got = jax.jit(jax.shard_map(update, **specs))(soap.init(w), w)
+    assert_close(got, expected)
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
+def test_parts_of_parameters_in_shard_map_are_refused():
+    """Where signs would be the same for other parts, or other parts averaged."""
+    mesh, w = mesh_of(), jnp.ones(8)
+
+    def estimate(estimator):
+        def diagonal(w):
+            total = lambda w: jax.lax.psum(w, "data")  # noqa: E731
+            args = {"obj_fn": lambda w: jnp.sum(total(w) ** 2), "predict_fn": total}
+            return estimator.update(None, estimator.init(w), w, **args)[0]
+
+        return jax.shard_map(
+            diagonal, mesh=mesh, in_specs=P("data"), out_specs=P("data")
+        )(w)
+
+    for estimator in (
+        ah.hutchinson(),
+        ah.hutchinson(axis_name="data"),
+        ah.gauss_newton(LOSS, axis_name="data"),
+    ):
+        with pytest.raises(ValueError, match="params must be the same on all devices"):
+            estimate(estimator)
+    np.testing.assert_allclose(estimate(ah.gauss_newton(LOSS)), 2.0)
 
 
 @pytest.mark.slow

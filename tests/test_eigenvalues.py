@@ -181,6 +181,17 @@ def test_preconditioner_of_entries(x64):
     np.testing.assert_allclose(found.values, expected[:3], rtol=1e-10)
 
 
+def test_preconditioner_of_entries_in_a_tuple():
+    params = {"w": jnp.ones(3)}, {"v": jnp.ones(2)}
+    d = jax.tree.map(lambda x: 4 * x, params)
+
+    def loss(p):
+        return jnp.sum(p[0]["w"] ** 2) + 3 * jnp.sum(p[1]["v"] ** 2)
+
+    found = ah.largest_eigenvalues(loss, params, preconditioner=d)
+    np.testing.assert_allclose(found.values, [6 / 4], rtol=1e-5)
+
+
 def test_preconditioners_that_are_not_known():
     """Those of other optimizers, or whose eps is an array: entries are the way out."""
     w = jnp.ones(2)

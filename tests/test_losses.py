@@ -4,8 +4,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import adahessian_jax as ah
 from adahessian_jax import losses
 from tests.problems import all_signs, at_once
 
@@ -238,6 +240,13 @@ def test_refuses_what_does_not_fit(name):
         loss(*arguments)
 
 
+def test_refuses_labels_of_a_curvature_that_do_not_fit():
+    loss, f = losses.of_element(lambda f, y: (f - y) ** 4), jnp.asarray(X3)
+    estimator, args = ah.gauss_newton(loss), {"predict_fn": lambda f: f}
+    with pytest.raises(ValueError, match=r"labels of shape .* do not match outputs"):
+        estimator.update(None, estimator.init(f), f, labels=f.T, **args)
+
+
 def test_refuses_weights_below_zero_integers_and_a_concave_function():
     with pytest.raises(ValueError, match="where must not be negative"):
         losses.l2_loss(F1, F1, where=np.array([1.0, -1, 1, 1]))
@@ -251,6 +260,24 @@ def test_refuses_weights_below_zero_integers_and_a_concave_function():
         assert np.all(np.isnan(compiled))  # where nothing could raise
         with pytest.raises(TypeError, match="must be a callable"):
             make(3)
+
+
+@pytest.mark.parametrize("scale", [3.0, 10.0, 30.0])
+def test_rows_that_are_nearly_certain_have_a_curvature_of_zero(scale):
+    """Of which rounding leaves less than that; no row is NaN, nor refused."""
+    f = np.float32(scale * RNG.normal(size=(200, 5)))
+    p = np.exp(f - f.max(axis=1, keepdims=True), dtype=float)
+    p /= p.sum(axis=1, keepdims=True)
+    exact = p[:, :, None] * (np.eye(5) - p[:, None, :])
+    labels, signs = jnp.argmax(f, axis=1), jnp.float32(all_signs(5))
+    row = losses.of_row(optax.softmax_cross_entropy_with_integer_labels)
+    for u in (lambda z: row.factor(f, z, labels), lambda z: SOFTMAX.factor(f, z, None)):
+        samples = jax.vmap(lambda z, u=u: u(jnp.broadcast_to(z, f.shape)))(signs)
+        got = np.einsum("sri,srj->rij", samples, samples) / len(samples)
+        np.testing.assert_allclose(got, exact, atol=2e-6)
+    f = np.clip(f, -40, 40)  # where cosh is still finite
+    one = losses.of_element(log_cosh).factor(jnp.asarray(f), jnp.ones_like(f), None)
+    np.testing.assert_allclose(one**2, np.cosh(np.float64(f)) ** -2, atol=2e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -108,6 +108,24 @@ def check_replicas(tree: Any, params: Any, axis_name: AxisName = None) -> None:
         )
 
 
+def check_whole(params: Any, axis_name: AxisName, *, along: str) -> None:
+    """Raise if devices hold different parts of the parameters, as far as is known.
+
+    Along the ``"named"`` axes, over which estimates are averaged, or along ``"all"``.
+    """
+    types = map(_type_of, jax.tree.leaves(params))
+    cut = set().union(*map(_varying_axes, types))
+    if along == "named":
+        cut &= {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
+    if cut:
+        raise ValueError(
+            f"params must be the same on all devices of the axis {min(cut)!r}, and here"
+            " their type says that they differ. Where devices hold parts of them, use"
+            " jax.jit over a mesh; or, along an axis that is not axis_name,"
+            " ah.gauss_newton."
+        )
+
+
 def zeros_of_type(like: jax.ShapeDtypeStruct) -> Array:
     """Return zeros to add up in, cut and differing between devices as others are."""
     dtype = accumulation_dtype(like) if is_differentiable(like) else like.dtype
@@ -142,8 +160,10 @@ def as_if_automatic(function: Callable[..., Any], *, whole: bool = False) -> Any
     def applied(x: Array, *rest: Any) -> Any:
         if not is_cut(x):
             return function(x, *rest)
-        out: Any = _whole(x) if whole else jax.typeof(x).sharding
-        return jax.sharding.auto_axes(function, out_sharding=out)(x, *rest)
+        kind: Any = jax.typeof(x).sharding
+        out: Any = _whole(x) if whole else kind
+        options = {"axes": kind.mesh.explicit_axes, "out_sharding": out}
+        return jax.sharding.auto_axes(function, **options)(x, *rest)
 
     return applied
 

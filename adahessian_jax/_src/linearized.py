@@ -133,8 +133,8 @@ def gauss_newton_factor(
     key: Array, loss: Loss, model: LinearizedModel, labels: Any, axis_name: Any
 ) -> Floats:
     """Pull S u back, for random signs u."""
-    labels = loss.curvature_labels(labels)
     weights = loss.row_weights(model.outputs, model.where, axis_name)
+    labels = loss.curvature_labels(labels, model.outputs, weights)
     outputs = masked(wide(model.outputs), weights)
     factor = loss.factor(outputs, rademacher_like(key, outputs), labels)
     factor = masked(factor, weights) * jnp.sqrt(weights)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import AxisName, sum_over_axis
+from adahessian_jax._src.axes import AxisName, sum_over_axis, whole_beside
 from adahessian_jax._src.dtypes import is_differentiable, wide
 
 
@@ -218,6 +218,7 @@ the reduction, the weights or the loss.
         """
         checks.check_float("rtol", rtol, 0.0)
         checks.check_callable("loss_fn", loss_fn, "outputs -> loss")
+        outputs = whole_beside(outputs, outputs)
         weights = self.row_weights(outputs, where)
         normal = np.random.default_rng(0).normal(size=outputs.shape)
         v = jnp.asarray(normal, outputs.dtype)
@@ -243,7 +244,7 @@ the reduction, the weights or the loss.
                 " reduction, the weights or the loss."
             )
 
-    def curvature_labels(self, labels: Any) -> Any:
+    def curvature_labels(self, labels: Any, outputs: Array, weights: Array) -> Any:
         """Return labels for the curvature; raise if it needs some and got none."""
         if self.needs_labels and labels is None:
             raise ValueError(
@@ -251,7 +252,9 @@ the reduction, the weights or the loss.
                 " labels=y, beside predict_fn to tx.update, or to what"
                 " value_and_grad_with_curvature made."
             )
-        return labels if self.needs_labels else None
+        if not self.needs_labels:
+            return None
+        return self._checked_labels(outputs, labels, weights)
 
     def _checked_labels(self, outputs: Array, labels: Any, weights: Any) -> Any:
         if labels is None:

@@ -67,7 +67,7 @@ def _reflect(carry: tuple[Array, Array, Array], j: Array) -> Any:
     v = jnp.where(rows == j, 1, x / jnp.where(length > 0, pivot, 1)).astype(x.dtype)
     tau = jnp.where(length > 0, pivot / jnp.where(length > 0, opposite, 1), 0)
     dot = functools.partial(jnp.dot, precision=PRECISION)
-    columns = columns - tau * v[:, None] * dot(v, columns)
+    columns = columns - tau * jnp.outer(v, dot(v, columns))
     u = tau * (v - dot(left, dot(v, right)))
     return (left.at[:, j].set(u), right.at[:, j].set(v), columns), None
 

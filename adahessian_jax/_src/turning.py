@@ -37,7 +37,7 @@ def first_basis(n: int, max_dim: int, n_vectors: int, dtype: Any) -> Orthogonal 
     # Cosines: unlike an entry's own axis, none is without curvature where pixels at
     # the edge of every image are black, and would stay so.
     i, j = jnp.arange(n, dtype=dtype), jnp.arange(n_vectors, dtype=dtype)
-    return orthogonal_from_columns(jnp.cos(jnp.pi / n * (i[:, None] + 0.5) * j))
+    return orthogonal_from_columns(jnp.cos(jnp.pi / n * jnp.outer(i + 0.5, j)))
 
 
 def first_traces(bases: Any) -> Any:

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import checks
+from adahessian_jax._src.axes import whole_beside
 from adahessian_jax._src.curvature_state import find_state, nodes_of_type
 from adahessian_jax._src.derivatives import split_differentiable
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
@@ -164,11 +165,15 @@ def _ratio(x: Array, y: Array) -> Array:
 def _quantiles(name: str, tree: Any) -> dict[str, Array]:
     """Return the quantiles of the entries of each leaf that are not negative."""
     return {
-        "/".join([name, *_name(path), str(q)]): _quantile(jnp.sort(x, axis=None), q)
+        "/".join([name, *_name(path), str(q)]): _quantile(_sorted(x), q)
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
         if is_differentiable(x) and x.size
         for q in (0.05, 0.5, 0.95)
     }
+
+
+def _sorted(x: Array) -> Array:
+    return jnp.sort(whole_beside(x, x), axis=None)
 
 
 def _quantile(x: Array, q: float) -> Array:
@@ -189,7 +194,7 @@ def _flat(tree: Any, like: Any) -> tuple[Array, int]:
     """Return all entries of the floating-point leaves, and their number, at least 1."""
     leaves, _ = split_differentiable(tree, like)
     dtype = accumulation_dtype(*leaves)
-    flat = [x.ravel().astype(dtype) for x in leaves] or [jnp.zeros(0)]
+    flat = [whole_beside(x, x).ravel().astype(dtype) for x in leaves] or [jnp.zeros(0)]
     return jnp.concatenate(flat), max(sum(x.size for x in flat), 1)
 
 

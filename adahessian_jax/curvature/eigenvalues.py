@@ -192,7 +192,7 @@ def _gauss_newton(fun: Any, params: Any, loss: Loss, labels: Any) -> Product:
     model = linearize(None, fun, params, None)
     weights = loss.row_weights(model.outputs, model.where)
     outputs = masked(wide(model.outputs), weights)
-    labels = loss.curvature_labels(labels)
+    labels = loss.curvature_labels(labels, model.outputs, weights)
 
     def product(v: Floats) -> Floats:
         tangents = masked(push_forward(fun, params, v, None)[-1], weights)
@@ -209,8 +209,9 @@ def _between(root: Product, product: Product) -> Product:
 
 def _inverse_root(preconditioner: Any, params: Any) -> Product:
     """Return the function that divides a vector by the root of D."""
-    if isinstance(preconditioner, tuple) and hasattr(preconditioner[0], "update"):
-        tx, state = preconditioner
+    pair = preconditioner if isinstance(preconditioner, tuple) else (None,)
+    if hasattr(pair[0], "init") and hasattr(pair[0], "update"):
+        tx, state = pair
         roots, bases = _of_optimizer(tx, state, params)
     else:
         checks.check_like("preconditioner", preconditioner, params)

@@ -133,6 +133,7 @@ class _GaussNewton(Estimator):
     ) -> tuple[Any, Any, optax.Updates, GaussNewtonState]:
         predict_fn, labels = extra_args.get("predict_fn"), extra_args.get("labels")
         axis, n = self.axis_name, self.n_samples
+        axes.check_whole(params, axis, along="named")
         key, subkey = jax.random.split(state.key)
         keys = jax.random.split(axes.axis_key(subkey, axis), n)
         model = linearize(fun, predict_fn, axes.as_varying(params, axis), axis)

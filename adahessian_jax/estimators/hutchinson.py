@@ -157,6 +157,7 @@ class _Hutchinson(Estimator):
             fun = _with_no_aux(obj_fn, params)
         key, subkey = jax.random.split(state.key)
         axis = self.axis_name
+        axes.check_whole(params, axis, along="all")
         params = axes.as_varying(params, axis)
         own_key = axes.axis_key(subkey, axis)
         function = extra_args.get("predict_fn") if fun is None else fun

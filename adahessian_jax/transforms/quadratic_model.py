@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import AxisName, sum_over_axis
+from adahessian_jax._src.axes import AxisName, is_cut, sum_over_axis
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import accumulation_dtype, wide
 from adahessian_jax._src.linearized import push_forward
@@ -207,8 +207,8 @@ def scale_by_quadratic_model(
         outputs: Array, where: Any, tangents: list[Array], labels: Any
     ) -> Array:
         weights = loss.row_weights(outputs, where, axis_name)
+        labels = loss.curvature_labels(labels, outputs, weights)
         outputs, *tangents = (masked(wide(x), weights) for x in (outputs, *tangents))
-        labels = loss.curvature_labels(labels)
         products = [loss.product(outputs, t, labels) * weights for t in tangents]
         entries = [[jnp.sum(t * p) for p in products] for t in tangents]
         return sum_over_axis(jnp.stack(list(map(jnp.stack, entries))), axis_name)
@@ -242,8 +242,13 @@ def scale_by_quadratic_model(
 
 def _dot(a: Floats, b: Floats, *, start: Array) -> Array:
     """Return the inner product of two lists of arrays, in float32 or wider."""
+
+    def dot(x: Array, y: Array) -> Array:
+        # A product of cut arrays would have to say where its result lies.
+        return jnp.sum(x * y) if is_cut(x) else jnp.vdot(x, y)
+
     pairs = zip(a, b, strict=True)
-    return sum((jnp.vdot(wide(x), wide(y)) for x, y in pairs), start=start)
+    return sum((dot(wide(x), wide(y)) for x, y in pairs), start=start)
 
 
 def _minimum_of_two(slope: Array, curvature: Array, alone: list[Array]) -> list[Array]:

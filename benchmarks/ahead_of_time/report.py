@@ -19,7 +19,8 @@ counted once, and of a branch the dearer side, so that `newton` and `soap` are c
 as if their axes turned on every step. What is exchanged is given as the number of
 collectives and the megabytes of their results: summed (all-reduce, reduce-scatter), or
 moved (all-gather, all-to-all, permutations); in loops and branches each is counted
-once. The last column is the processor's time to compile, beside Adam's.
+once. The last column is the processor's time to compile, beside Adam's. For a GPU the
+compiler says neither FLOPs nor bytes: -.
 """
 
 
