@@ -154,7 +154,7 @@ def pure(model, kind):
 
 
 @nnx_only
-@pytest.mark.parametrize("name", at_once(OPTIMIZERS, ["control", "own-rate"]))
+@pytest.mark.parametrize("name", at_once(OPTIMIZERS, ["own-rate"]))
 def test_nnx(name):
     """Flax's gradient and ours, compiled or not; masks and statistics move on once."""
     ends = []
@@ -171,7 +171,7 @@ def test_nnx(name):
 
 
 @nnx_only
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", at_once([1, 2], [2]))
 def test_nnx_dropout_and_microbatches(parts):
     """One mask for value, gradient and estimate; statistics are means over parts."""
     model, before = Net(), Net()
@@ -203,7 +203,7 @@ def test_nnx_dropout_and_microbatches(parts):
 
 
 @nnx_only
-@pytest.mark.parametrize("path", ["function", "fused"])
+@pytest.mark.parametrize("path", at_once(["function", "fused"], ["fused"]))
 def test_nnx_trains_the_matrices_of_lora_only(path):
     model = Net(lora=True)
     optimizer = nnx.Optimizer(model, OPTIMIZERS["newton"], wrt=nnx.LoRAParam)

@@ -574,9 +574,7 @@ ESTIMATORS = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "name", at_once(ESTIMATORS, ["normal", "in_eigenbasis", "control"])
-)
+@pytest.mark.parametrize("name", at_once(ESTIMATORS, ["in_eigenbasis", "control"]))
 def test_every_estimator(name):
     """Is the same under jit, and in any units; trees may have leaves of all kinds."""
     estimator = ESTIMATORS[name]

@@ -97,7 +97,7 @@ def test_adahessian(x64):
     ("shapes", "learning_rate", "tolerance"),
     [
         (UNIQUE, 0.1, 1e-11),
-        (UNIQUE, None, 1e-10),
+        pytest.param(UNIQUE, None, 1e-10, marks=pytest.mark.slow),
         pytest.param(WIDE, 0.1, 1e-7, marks=pytest.mark.slow),
     ],
     ids=["given-rate", "own-rate", "wide"],
