@@ -397,8 +397,9 @@ def test_soap_on_devices(kind, name, x64):
 
 
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
-@pytest.mark.parametrize("axis", at_once([0, 1], [0]))
-@pytest.mark.parametrize("name", at_once(["soap", "leading"], ["leading"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["soap", "leading"])
 def test_turning_on_explicit_axes_costs_what_it_does_on_automatic_ones(name, axis):
     """In operations and in what is exchanged: whole tensors by complete bases only."""
     shape, soap = (16, 32), SOAPS[name]
@@ -486,7 +487,8 @@ def test_a_state_made_by_jit_is_as_good(name, x64):
 
 
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
-@pytest.mark.parametrize("axes", at_once(["a", "-b", "ab"], ["ab"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["a", "-b", "ab"])
 def test_diagnostics_of_what_explicit_axes_cut(axes):
     """And the check of a loss by one's own, at outputs that they cut."""
     kinds = (TYPES.Explicit,) * 2

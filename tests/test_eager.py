@@ -269,7 +269,7 @@ SEEDED = {
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", at_once(SEEDED, ["control", "leading"]))
+@pytest.mark.parametrize("name", at_once(SEEDED, ["leading"]))
 def test_passes_the_checks_of_jax(name, check):
     w = jnp.ones((3, 3))
     x = jnp.concatenate([X[:, :2], jnp.zeros((8, 1))], axis=1)  # no curvature in a row

@@ -620,6 +620,7 @@ def test_several_samples_in_bases_are_the_mean_of_single_ones():
     np.testing.assert_allclose(got["w"], np.mean(expected, axis=0), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_bases_stay_orthogonal():
     """After 100,000 turns in single precision, with and without curvature."""
     estimator = ah.in_eigenbasis(ah.squared_gradient(), max_dim=5, n_vectors=3)
