@@ -14,15 +14,13 @@ from jax.typing import ArrayLike
 
 from adahessian_jax._src.averaging_rule import AveragingRule
 from adahessian_jax._src.axes import AxisName
-from adahessian_jax._src.checks import (
-    check_flag,
-    check_float,
-    check_int,
-    check_params,
-    require,
-)
+from adahessian_jax._src.checks import check_flag, check_float, check_int, require
 from adahessian_jax._src.curvature_average import CurvatureAverage
-from adahessian_jax._src.decay_and_rate import decoupled_weight_decay, scale_by_rate
+from adahessian_jax._src.decay_and_rate import (
+    decay_after_step,
+    decoupled_weight_decay,
+    scale_by_rate,
+)
 from adahessian_jax.estimators.control_variates import ema_control
 from adahessian_jax.estimators.hutchinson import Probe, hutchinson
 from adahessian_jax.transforms.adahessian import divide_by
@@ -257,29 +255,8 @@ def soap(
     options |= {"max_dim": max_precond_dim, "turn_vectors": precondition_1d}
     decay = decoupled_weight_decay(weight_decay, weight_decay_mask)
     rate = scale_by_rate(lr, "lr")
-
-    def update_fn(
-        updates: Any, state: Any, params: Any = None
-    ) -> tuple[optax.Updates, Any]:
-        count, rate_state = state
-        check_params(params)
-        # Of the stepped parameter: u - lr * decay * (p + u); nothing at first.
-        stepped = jax.tree.map(lambda p, u: p + u, params, updates)
-        zeros = jax.tree.map(jnp.zeros_like, updates)
-        decayed, _ = decay.update(zeros, decay.init(params), stepped)
-        shrunk, rate_state = rate.update(decayed, rate_state, params)
-        shrunk = jax.tree.map(lambda x: jnp.where(count == 0, 0, x), shrunk)
-        added = jax.tree.map(jnp.add, updates, shrunk)
-        return added, (optax.safe_increment(count), rate_state)
-
-    def init_fn(params: Any) -> Any:
-        return jnp.zeros([], jnp.int32), rate.init(params)
-
-    return optax.chain(
-        scale_by_soap(b1, b2, eps, **options),
-        rate,
-        optax.GradientTransformation(init_fn, update_fn),
-    )
+    scale = scale_by_soap(b1, b2, eps, **options)
+    return optax.chain(scale, rate, decay_after_step(decay, rate))
 
 
 def _pair(betas: Any) -> Any:

@@ -553,6 +553,17 @@ def test_parts_of_parameters_in_shard_map_are_refused():
         with pytest.raises(ValueError, match="params must be the same on all devices"):
             estimate(estimator)
     np.testing.assert_allclose(estimate(ah.gauss_newton(LOSS)), 2.0)
+    # Nor sums over parameters, of which each device has a part.
+    model = ah.scale_by_quadratic_model(LOSS)
+    over_parts = functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P()
+    )
+    for sums in (
+        lambda w: model.update(w, model.init(w), w, grad=w, predict_fn=jnp.sum)[0],
+        lambda w: ah.largest_eigenvalues(jnp.sum, w).values,
+    ):
+        with pytest.raises(ValueError, match="params must be the same on all devices"):
+            over_parts(sums)(w)
 
 
 @pytest.mark.slow

@@ -245,6 +245,8 @@ def test_refuses_labels_of_a_curvature_that_do_not_fit():
     estimator, args = ah.gauss_newton(loss), {"predict_fn": lambda f: f}
     with pytest.raises(ValueError, match=r"labels of shape .* do not match outputs"):
         estimator.update(None, estimator.init(f), f, labels=f.T, **args)
+    with pytest.raises(ValueError, match=r"labels of shape .* do not match outputs"):
+        loss.check(lambda f: loss(f, 0 * f), f, f.T)
 
 
 def test_refuses_weights_below_zero_integers_and_a_concave_function():
@@ -274,7 +276,7 @@ def test_rows_that_are_nearly_certain_have_a_curvature_of_zero(scale):
     for u in (lambda z: row.factor(f, z, labels), lambda z: SOFTMAX.factor(f, z, None)):
         samples = jax.vmap(lambda z, u=u: u(jnp.broadcast_to(z, f.shape)))(signs)
         got = np.einsum("sri,srj->rij", samples, samples) / len(samples)
-        np.testing.assert_allclose(got, exact, atol=2e-6)
+        np.testing.assert_allclose(got, exact, atol=2e-6)  # 16 eps, of sums of five
     f = np.clip(f, -40, 40)  # where cosh is still finite
     one = losses.of_element(log_cosh).factor(jnp.asarray(f), jnp.ones_like(f), None)
     np.testing.assert_allclose(one**2, np.cosh(np.float64(f)) ** -2, atol=2e-6)

@@ -121,8 +121,8 @@ def check_whole(params: Any, axis_name: AxisName, *, along: str) -> None:
         raise ValueError(
             f"params must be the same on all devices of the axis {min(cut)!r}, and here"
             " their type says that they differ. Where devices hold parts of them, use"
-            " jax.jit over a mesh; or, along an axis that is not axis_name,"
-            " ah.gauss_newton."
+            " jax.jit over a mesh; or, along an axis that is not axis_name, the"
+            " estimator ah.gauss_newton with a learning rate that is given."
         )
 
 

@@ -4,9 +4,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from adahessian_jax._src.checks import check_float, check_mask
+from adahessian_jax._src.checks import check_float, check_mask, check_params
 from adahessian_jax._src.dtypes import is_differentiable
 from adahessian_jax._src.moving_average import is_static
 
@@ -29,3 +30,28 @@ def scale_by_rate(learning_rate: Any, name: str = "learning_rate") -> Any:
     if not callable(learning_rate):
         check_float(name, learning_rate, 0.0)
     return optax.scale_by_learning_rate(learning_rate)
+
+
+def decay_after_step(decay: Any, rate: Any) -> optax.GradientTransformation:
+    """Decay the parameter as its step leaves it, at the rate of that step.
+
+    An update u of p becomes u - rate * decay * (p + u); the first stays as it is.
+    """
+
+    def init_fn(params: Any) -> Any:
+        return jnp.zeros([], jnp.int32), rate.init(params)
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None
+    ) -> tuple[optax.Updates, Any]:
+        count, rate_state = state
+        check_params(params)
+        stepped = jax.tree.map(lambda p, u: p + u, params, updates)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        decayed, _ = decay.update(zeros, decay.init(params), stepped)
+        shrunk, rate_state = rate.update(decayed, rate_state, params)
+        shrunk = jax.tree.map(lambda x: jnp.where(count == 0, 0, x), shrunk)
+        added = jax.tree.map(jnp.add, updates, shrunk)
+        return added, (optax.safe_increment(count), rate_state)
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -197,9 +197,6 @@ class Loss:
           where: as when called.
           rtol: the relative difference that passes.
 
-        Returns:
-          Nothing, if the two are the same.
-
         Raises:
           TypeError: if an argument is of the wrong type.
           ValueError: if the two differ, the message says whether by a factor; or if
@@ -224,6 +221,7 @@ the reduction, the weights or the loss.
         v = jnp.asarray(normal, outputs.dtype)
         gradient = jax.grad(checks.scalar_function("loss_fn", loss_fn))
         true = wide(jax.vjp(gradient, outputs)[1](v)[0])
+        labels = self.curvature_labels(labels, outputs, weights)
         assumed = self.product(wide(outputs), wide(v), labels) * weights
         size = float(jnp.vdot(assumed, assumed))
         factor = float(jnp.vdot(assumed, true)) / size if size else math.nan
@@ -235,8 +233,7 @@ the reduction, the weights or the loss.
             )
         if jnp.linalg.norm(true - factor * assumed) > rtol * jnp.linalg.norm(true):
             raise ValueError(
-                f"loss_fn has another curvature than {self!r}: not even a multiple of"
-                " it."
+                f"loss_fn has another curvature than {self!r}, not even a multiple."
             )
         if not abs(factor - 1) <= rtol:
             raise ValueError(

@@ -164,16 +164,14 @@ def _ratio(x: Array, y: Array) -> Array:
 
 def _quantiles(name: str, tree: Any) -> dict[str, Array]:
     """Return the quantiles of the entries of each leaf that are not negative."""
-    return {
-        "/".join([name, *_name(path), str(q)]): _quantile(_sorted(x), q)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        if is_differentiable(x) and x.size
-        for q in (0.05, 0.5, 0.95)
-    }
-
-
-def _sorted(x: Array) -> Array:
-    return jnp.sort(whole_beside(x, x), axis=None)
+    report = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if is_differentiable(x) and x.size:
+            ordered = jnp.sort(whole_beside(x, x), axis=None)
+            for q in (0.05, 0.5, 0.95):
+                key = "/".join([name, *_name(path), str(q)])
+                report[key] = _quantile(ordered, q)
+    return report
 
 
 def _quantile(x: Array, q: float) -> Array:

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import checks, masking
+from adahessian_jax._src.axes import check_whole
 from adahessian_jax._src.curvature_state import find_state
 from adahessian_jax._src.derivatives import (
     Floats,
@@ -140,6 +141,7 @@ def largest_eigenvalues(
     check_mode(mode)
     checks.check_params(params)
     checks.check_real("params", params)
+    check_whole(params, None, along="all")
     floats, _ = split_differentiable(params)
     size = sum(x.size for x in floats)
     rule = f"at most the number of floating-point parameters, {size}"
@@ -255,7 +257,11 @@ def _of_optimizer(tx: Any, state: Any, params: Any) -> Any:
     shown = masking.mask_like(params, inner.nu)
     leaves, treedef = jax.tree.flatten(shown)
     # Flax NNX has variables of another kind in the optimizer's state.
-    nu = jax.tree.unflatten(treedef, jax.tree.leaves(inner.nu))
+    entries = jax.tree.leaves(inner.nu)
+    rule = "of the state of these params; with Flax NNX as nnx.as_pure gives both"
+    fits = len(entries) == len(leaves)
+    checks.require(fits, ValueError, "preconditioner", rule, inner.nu)
+    nu = jax.tree.unflatten(treedef, entries)
     return map_floats(root, nu, shown), find_bases(inner, len(leaves))
 
 

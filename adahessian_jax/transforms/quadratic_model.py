@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import AxisName, is_cut, sum_over_axis
+from adahessian_jax._src.axes import AxisName, check_whole, is_cut, sum_over_axis
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import accumulation_dtype, wide
 from adahessian_jax._src.linearized import push_forward
@@ -160,6 +160,7 @@ def scale_by_quadratic_model(
         **_: Any,
     ) -> tuple[optax.Updates, ScaleByQuadraticModelState]:
         checks.check_params(params)
+        check_whole(params, axis_name, along="all")  # or slopes are those of parts
         if grad is None:
             raise ValueError(
                 "grad must be given: the slope along the updates is that of the loss."
