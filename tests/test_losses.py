@@ -106,11 +106,16 @@ def test_value_gradient_and_curvature(case):
         with pytest.raises(ValueError, match=r"where of shape .* does not match"):
             loss(F, labels, where=where)
         return
-    poisoned = np.where(broadcast(where) > 0, F, np.nan)  # rows without weight
+    # Rows without weight may hold anything.
+    counts = broadcast(where) > 0
+    poisoned, bad = np.where(counts, F, np.nan), labels
+    if labels is not None:
+        counts = counts[..., 0] if labels.ndim < F.ndim else counts
+        bad = np.where(counts, labels, 99 if labels.dtype == int else np.nan)
 
     @jax.jit
     def called(f):
-        return loss(f, labels, where=where)
+        return loss(f, bad, where=where)
 
     np.testing.assert_allclose(called(F), by_hand(elements(F), where, loss))
     np.testing.assert_allclose(called(poisoned), called(F), rtol=1e-14)
@@ -118,32 +123,24 @@ def test_value_gradient_and_curvature(case):
     hessian = np.asarray(jax.jit(jax.hessian(called))(F)).reshape(F.size, F.size)
     np.testing.assert_allclose(gradient, jax.jit(jax.grad(called))(F), atol=1e-15)
 
-    needed = labels if loss.needs_labels else None
-    weights = np.asarray(loss.row_weights(jnp.asarray(F), where))
 
     @jax.jit
     @jax.vmap
     def weighted(u):
-        u = u.reshape(SHAPE)
-        root = loss.factor(F, u, needed) * np.sqrt(weights)
-        return root.ravel(), (loss.product(F, u, needed) * weights).ravel()
+        u = jnp.where(np.isnan(poisoned), np.nan, u.reshape(SHAPE))
+        here = loss.at(jnp.asarray(poisoned), bad, where)
+        return here.root(u).ravel(), here.times(here.seen(u)).ravel()
 
     samples, products = weighted(all_signs(F.size))
     np.testing.assert_allclose(samples.T @ samples / len(samples), hessian, atol=1e-12)
     np.testing.assert_allclose(products, all_signs(F.size) @ hessian, atol=1e-12)
     # And as something to check one's own loss by.
-    loss.check(called, F, needed, where=where)
+    loss.check(called, jnp.asarray(poisoned), bad, where=where)
     with pytest.raises(ValueError, match=r"3 times the curvature of losses\."):
-        loss.check(lambda f: 3 * called(f), F, needed, where=where)
+        loss.check(lambda f: 3 * called(f), F, bad, where=where)
 
 
-def test_rows_without_weight_may_be_anything():
-    where = np.array([True, False, True])
-    for labels, bad in ((CLASSES, 99), (SMOOTHED, np.nan)):
-        kept = where.reshape(-1, *[1] * (labels.ndim - 1))
-        got = SOFTMAX(F, np.where(kept, labels, bad), where=where)
-        np.testing.assert_allclose(got, SOFTMAX(F, labels, where=where))
-
+def test_no_row_may_have_weight():
     def no_weight(f):
         return losses.l2_loss(f, REAL, where=np.zeros(SHAPE[:1]))
 

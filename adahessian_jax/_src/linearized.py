@@ -20,7 +20,7 @@ from adahessian_jax._src.axes import (
 from adahessian_jax._src.checks import check_callable, check_scalar, raise_if
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import is_differentiable, wide
-from adahessian_jax._src.loss import Loss, masked
+from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.masking import explain
 from adahessian_jax._src.probes import rademacher_like
 
@@ -133,11 +133,8 @@ def gauss_newton_factor(
     key: Array, loss: Loss, model: LinearizedModel, labels: Any, axis_name: Any
 ) -> Floats:
     """Pull S u back, for random signs u."""
-    weights = loss.row_weights(model.outputs, model.where, axis_name)
-    labels = loss.curvature_labels(labels, model.outputs, weights)
-    outputs = masked(wide(model.outputs), weights)
-    factor = loss.factor(outputs, rademacher_like(key, outputs), labels)
-    factor = masked(factor, weights) * jnp.sqrt(weights)
+    here = loss.at(model.outputs, labels, model.where, axis_name)
+    factor = here.root(rademacher_like(key, here.outputs))
     return [wide(g) for g in model.pullback(factor)]
 
 

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
 from adahessian_jax._src.axes import AxisName, sum_over_axis, whole_beside
+from adahessian_jax._src.curvature_at import CurvatureAt, masked
 from adahessian_jax._src.dtypes import is_differentiable, wide
 
 
@@ -122,18 +123,9 @@ class Loss:
     def row_weights(
         self, outputs: Array, where: Any = None, axis_name: AxisName = None
     ) -> Array:
-        """Return the weight of each row in the loss, in a shape that broadcasts.
+        """Return the weight of each row in the loss, with as many axes as ``outputs``.
 
-        Args:
-          outputs: of the network.
-          where: as when called.
-          axis_name: of devices over which a mean is taken.
-
-        Returns:
-          Weights with as many axes as ``outputs``, divided by their sum for a mean.
-
-        Raises:
-          ValueError: if the outputs have no such rows, or ``where`` does not match.
+        For a mean they are divided by their sum, over the devices of ``axis_name``.
         """
         if not is_differentiable(outputs):
             raise TypeError(
@@ -216,13 +208,12 @@ the reduction, the weights or the loss.
         checks.check_float("rtol", rtol, 0.0)
         checks.check_callable("loss_fn", loss_fn, "outputs -> loss")
         outputs = whole_beside(outputs, outputs)
-        weights = self.row_weights(outputs, where)
+        here = self.at(outputs, labels, where)
         normal = np.random.default_rng(0).normal(size=outputs.shape)
         v = jnp.asarray(normal, outputs.dtype)
         gradient = jax.grad(checks.scalar_function("loss_fn", loss_fn))
         true = wide(jax.vjp(gradient, outputs)[1](v)[0])
-        labels = self.curvature_labels(labels, outputs, weights)
-        assumed = self.product(wide(outputs), wide(v), labels) * weights
+        assumed = here.times(here.seen(v))
         size = float(jnp.vdot(assumed, assumed))
         factor = float(jnp.vdot(assumed, true)) / size if size else math.nan
         if not math.isfinite(factor):
@@ -241,17 +232,29 @@ the reduction, the weights or the loss.
                 " reduction, the weights or the loss."
             )
 
-    def curvature_labels(self, labels: Any, outputs: Array, weights: Array) -> Any:
-        """Return labels for the curvature; raise if it needs some and got none."""
+    def at(
+        self, outputs: Array, labels: Any, where: Any = None, axis_name: AxisName = None
+    ) -> CurvatureAt:
+        """Return the curvature at some outputs; raise if it needs labels and got none.
+
+        ``axis_name`` is that of devices over which a mean is taken.
+        """
         if self.needs_labels and labels is None:
             raise ValueError(
                 f"The curvature of {self!r} depends on the labels and got none: pass"
                 " labels=y, beside predict_fn to tx.update, or to what"
                 " value_and_grad_with_curvature made."
             )
-        if not self.needs_labels:
-            return None
-        return self._checked_labels(outputs, labels, weights)
+        weights = self.row_weights(outputs, where, axis_name)
+        if self.needs_labels:
+            labels = self._checked_labels(outputs, labels, weights)
+        outputs = masked(wide(outputs), weights)
+        return CurvatureAt(
+            outputs,
+            weights,
+            factor=lambda signs: self.factor(outputs, signs, labels),
+            product=lambda v: self.product(outputs, v, labels),
+        )
 
     def _checked_labels(self, outputs: Array, labels: Any, weights: Any) -> Any:
         if labels is None:
@@ -281,11 +284,6 @@ the reduction, the weights or the loss.
                 " classes, because its curvature is that of distributions.",
             )
         return labels
-
-
-def masked(x: Array, weights: Array) -> Array:
-    """Return an array with zeros in the rows that have no weight."""
-    return jnp.where(weights > 0, x, 0)
 
 
 def check_loss(loss: Any) -> None:

@@ -28,7 +28,7 @@ from adahessian_jax._src.dtypes import (
 from adahessian_jax._src.estimator import find_averages
 from adahessian_jax._src.lanczos import lanczos, random_vector
 from adahessian_jax._src.linearized import linearize, push_forward
-from adahessian_jax._src.loss import Loss, check_loss, masked
+from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax._src.probes import as_key
 from adahessian_jax._src.xla import is_traced
@@ -192,14 +192,11 @@ def _hessian(fun: Any, params: Any, mode: str) -> Product:
 
 def _gauss_newton(fun: Any, params: Any, loss: Loss, labels: Any) -> Product:
     model = linearize(None, fun, params, None)
-    weights = loss.row_weights(model.outputs, model.where)
-    outputs = masked(wide(model.outputs), weights)
-    labels = loss.curvature_labels(labels, model.outputs, weights)
+    here = loss.at(model.outputs, labels, model.where)
 
     def product(v: Floats) -> Floats:
-        tangents = masked(push_forward(fun, params, v, None)[-1], weights)
-        cotangents = loss.product(outputs, tangents, labels) * weights
-        image = model.pullback(masked(cotangents, weights))
+        tangents = push_forward(fun, params, v, None)[-1]
+        image = model.pullback(here.times(here.seen(tangents)))
         return [x.astype(y.dtype) for x, y in zip(image, v, strict=True)]
 
     return product

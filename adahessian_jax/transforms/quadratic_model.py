@@ -14,7 +14,7 @@ from adahessian_jax._src.axes import AxisName, check_whole, is_cut, sum_over_axi
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import accumulation_dtype, wide
 from adahessian_jax._src.linearized import push_forward
-from adahessian_jax._src.loss import Loss, check_loss, masked
+from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.masking import mask_like
 from adahessian_jax._src.moving_average import as_dtype, ema
 
@@ -207,10 +207,9 @@ def scale_by_quadratic_model(
     def curvature_of(
         outputs: Array, where: Any, tangents: list[Array], labels: Any
     ) -> Array:
-        weights = loss.row_weights(outputs, where, axis_name)
-        labels = loss.curvature_labels(labels, outputs, weights)
-        outputs, *tangents = (masked(wide(x), weights) for x in (outputs, *tangents))
-        products = [loss.product(outputs, t, labels) * weights for t in tangents]
+        here = loss.at(outputs, labels, where, axis_name)
+        tangents = [here.seen(t) for t in tangents]
+        products = [here.times(t) for t in tangents]
         entries = [[jnp.sum(t * p) for p in products] for t in tangents]
         return sum_over_axis(jnp.stack(list(map(jnp.stack, entries))), axis_name)
 

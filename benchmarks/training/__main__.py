@@ -5,7 +5,7 @@ Learning rates are searched with seeds that are used for nothing else, then each
 contender is run with others, at AdamW's number of steps and in AdamW's time. Writes a
 JSON file, a table and a plot. With --only, what an earlier run under the same
 conditions found of other contenders stays in the file, and so does its search of
-AdamW's rate.
+AdamW's rate. With --searched all of its searches stay, and the runs are made again.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import inspect
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ from benchmarks.training.variants import VARIANTS
 TASKS = OWN_TASKS | PUBLISHED_TASKS
 ALL = CONTENDERS | VARIANTS
 CONSOLE = Console()
+# By default glibc hands temporaries above 32 MB back after every step, which costs more
+# than some of the steps, and then ratios say whether a step is just above or below.
+KEPT = (
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+    ":glibc.malloc.top_pad=268435456"
+)
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
     }
     path = args.out / f"{args.task}.json"
     others = {}
-    if args.only and path.exists():
+    if (args.only or args.searched) and path.exists():
         try:
             others = report.others(json.loads(path.read_text("utf-8")), result)
         except ValueError as error:
@@ -90,6 +97,8 @@ def make_parser() -> argparse.ArgumentParser:
     examples = "examples of a loss; by default the task's own"
     add("--evaluated", type=int, help=examples)
     add("--rate", type=float, help="of all but AdamW, in place of a search")
+    keep = "take the learning rates that an earlier run found"
+    add("--searched", action="store_true", help=keep)
     wider = "try learning rates so many half decades to either side at least; with more"
     add("--reach", type=int, default=1, help=wider + " than 1, plot all losses")
     out = Path(__file__).parent.parent / "results" / "training"
@@ -136,7 +145,8 @@ def compare(
             found = {fixed: score(fixed)}
         else:
             known = {}
-            if name in others and name not in args.only:  # AdamW, as the baseline
+            baseline = args.only and name not in args.only
+            if name in others and (args.searched or baseline):
                 known = report.rates_tried(others[name])
             found = protocol.search(score, start, reach=args.reach, known=known)
         entries[name] = {
@@ -168,4 +178,6 @@ def compare(
 
 
 if __name__ == "__main__":
+    if "GLIBC_TUNABLES" not in os.environ:  # it is read when a process starts
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": KEPT})
     main()
