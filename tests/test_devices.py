@@ -456,7 +456,9 @@ def test_a_state_cut_otherwise_than_the_parameters(cut, name, kind, x64):
         kept = jax.tree.map(lambda x: x.sharding, (params, state))
         jitted = jax.jit(step, out_shardings=kept)
         if kind == "Explicit":
-            with pytest.raises(ValueError, match=r"state.mu must be cut over the mesh"):
+            with pytest.raises(
+                ValueError, match=r"state.mu must be sharded over the mesh"
+            ):
                 jitted(params, state, *batch)
             return
         got, _ = train(jitted, params, state, *batch, 6)

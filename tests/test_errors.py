@@ -14,7 +14,6 @@ from jax.experimental import checkify
 
 import adahessian_jax as ah
 from adahessian_jax._src.probes import normal_like
-from adahessian_jax.transforms.soap import scale_by_soap
 
 W = {"w": jnp.ones(3), "b": {"c": jnp.ones(2)}}
 NO_C = {"w": W["w"]}
@@ -162,12 +161,18 @@ VALUE_ERRORS = {
     "labels of shape (4, 1) do not match outputs of": lambda: SOFTMAX(F, Y[:, :1]),
     "that are not classes must add up to 1": lambda: SOFTMAX(F, Y),
     "labels must be given to losses.squared_error": lambda: SQUARED(F, None),
+    "labels must be given to losses.of_row(": lambda: QUARTIC(F),
+    "losses.of_row(<lambda>) takes labels of shape (4,)":
+        lambda: QUARTIC(F, ONES[:3]),
+    "takes rows along the last 3 axes": lambda: SUM.replace(event_ndim=3)(F, F),
     "curvature of losses.of_row(<lambda>) depends on the labels and got none":
         lambda: update(OF_LABELS, predict_fn=predict),
     "loss must be convex in the": lambda: gauss_newton(predict, CONCAVE),
     "loss must be convex":
         lambda: gauss_newton(lambda p: 0 * p["w"], L.of_element(jnp.cos)),
     "loss_fn has 8 times the curvature": lambda: SQUARED.check(lambda f: SUM(f, Y), F),
+    "loss_fn has -2 times": lambda: SQUARED.check(lambda f: -2 * SQUARED(f, Y), F),
+    "loss_fn has 1.01 times": lambda: SQUARED.check(lambda f: 1.01 * SQUARED(f, Y), F),
     "not even a multiple":
         lambda: SQUARED.check(lambda f: jnp.sum(f**4), jnp.arange(3.0)),
     "or loss_fn has no finite curvature":
@@ -416,7 +421,7 @@ WRONG = {
 }
 # Each function, and a right call of it.
 BARE = [ah.conv_spatial_average, ah.ema_control, ah.hutchinson, SQUARED.replace]
-BARE += [scale_by_soap, ah.published.soap]
+BARE += [ah.published.soap]
 BARE += [ah.scale_by_adahessian, ah.published.paper, ah.published.zack_dugue]
 OF_LOSS = [ah.gauss_newton, ah.gauss_newton_control, ah.scale_by_quadratic_model]
 # fmt: off

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done alike on each device of a ``pmap`` or ``shard_map`` axis, and what not.
+"""Named axes of ``pmap``, ``shard_map`` and ``vmap``: what is alike along them or not.
 
 An ``axis_name`` is the name of an axis, a tuple of names, or None for no axis.
 """
@@ -98,7 +98,7 @@ def check_replicas(tree: Any, params: Any, axis_name: AxisName = None) -> None:
     ``jax.shard_map`` only, and if it keeps account of what varies.
     """
     named = (axis_name,) if isinstance(axis_name, str) else axis_name or ()
-    leaves = (map(_type_of, jax.tree.leaves(x)) for x in (tree, params))
+    leaves = (map(type_of, jax.tree.leaves(x)) for x in (tree, params))
     varying, shared = (set().union(*map(_varying_axes, types)) for types in leaves)
     if unnamed := sorted(varying - shared - set(named)):
         raise ValueError(
@@ -113,7 +113,7 @@ def check_whole(params: Any, axis_name: AxisName, *, along: str) -> None:
 
     Along the ``"named"`` axes, over which estimates are averaged, or along ``"all"``.
     """
-    types = map(_type_of, jax.tree.leaves(params))
+    types = map(type_of, jax.tree.leaves(params))
     cut = set().union(*map(_varying_axes, types))
     if along == "named":
         cut &= {axis_name} if isinstance(axis_name, str) else set(axis_name or ())
@@ -135,7 +135,7 @@ def zeros_of_type(like: jax.ShapeDtypeStruct) -> Array:
 
 def _vary(x: Any, names: tuple[str, ...]) -> Any:
     """Take an array for one that differs along the named axes of devices."""
-    new = tuple(name for name in names if name not in _varying_axes(_type_of(x)))
+    new = tuple(name for name in names if name not in _varying_axes(type_of(x)))
     if not new:
         return x
     if hasattr(jax.lax, "pcast"):
@@ -150,92 +150,6 @@ def _varying_axes(kind: Any) -> frozenset[Any]:
     return getattr(kind, "vma", None) or frozenset()
 
 
-def as_if_automatic(function: Callable[..., Any], *, whole: bool = False) -> Any:
-    """Leave it to the compiler what lies where inside a function, on any mesh.
-
-    The first argument is an array. Where a mesh of explicit axes cuts it, the other
-    arguments are whole, and what is returned is cut like it, or ``whole``.
-    """
-
-    def applied(x: Array, *rest: Any) -> Any:
-        if not is_cut(x):
-            return function(x, *rest)
-        kind: Any = jax.typeof(x).sharding
-        out: Any = _whole(x) if whole else kind
-        options = {"axes": kind.mesh.explicit_axes, "out_sharding": out}
-        return jax.sharding.auto_axes(function, **options)(x, *rest)
-
-    return applied
-
-
-def whole_beside(x: Any, tree: Any) -> Any:
-    """Put a tree on all devices of a mesh of explicit axes, if ``x`` is on one.
-
-    What a step returns would else be cut as the compiler likes, and come back so.
-    """
-    if not _is_on_explicit_axes(x):
-        return tree
-    if isinstance(x, jax.core.Tracer):
-        return jax.tree.map(lambda y: jax.sharding.reshard(y, _whole(x)), tree)
-    nowhere = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(tree, nowhere)
-
-
-def _whole(x: Any) -> Any:
-    sharding: Any = jax.typeof(x).sharding
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-
-
-def on_every_device(tree: Any) -> Any:
-    """Have each device hold all of some small arrays, if the mesh is known.
-
-    That is the mesh of automatic axes of ``jax.set_mesh``. Else the compiler may deal
-    them out, and exchange something for each column that is made orthogonal.
-    """
-    if not hasattr(jax.sharding, "AxisType"):
-        return tree
-    mesh: Any = jax.sharding.get_abstract_mesh()
-    if jax.sharding.AxisType.Auto not in mesh.axis_types:
-        return tree
-    whole = jax.sharding.PartitionSpec()
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, whole), tree)
-
-
-def cut_like(like: Any, tree: Any) -> Any:
-    """Return a tree cut by a mesh of explicit axes as another is."""
-
-    def cut(x: Array, y: Array) -> Array:
-        return jax.sharding.reshard(y, jax.typeof(x).sharding) if is_cut(x) else y
-
-    return jax.tree.map(cut, like, tree)
-
-
-def is_cut(x: Array) -> bool:
-    """Whether a mesh of explicit axes cuts an array."""
-    sharding: Any = getattr(_type_of(x), "sharding", None)
-    return any(axis is not None for axis in getattr(sharding, "spec", ()))
-
-
-def check_cut_alike(name: str, tree: Any, updates: Any) -> None:
-    """Raise if a mesh of explicit axes cuts averages otherwise than the gradient."""
-    for x, g in zip(*map(jax.tree.leaves, (tree, updates)), strict=True):
-        # What is on no mesh, as jit makes it that is not told of one, goes with any.
-        placed = _is_on_explicit_axes(x) and _is_on_explicit_axes(g)
-        if placed and jnp.shape(x) == jnp.shape(g):
-            got, expected = (jax.typeof(y).sharding.spec for y in (x, g))
-            if got != expected:
-                raise ValueError(
-                    f"{name} must be cut over the mesh as the gradient is, by"
-                    f" {expected}, got {got}. Make the state by tx.init(params) of"
-                    " parameters that are cut alike; or use a mesh of automatic axes,"
-                    " on which each may be cut in its own way."
-                )
-
-
-def _is_on_explicit_axes(x: Any) -> bool:
-    mesh = getattr(getattr(_type_of(x), "sharding", None), "mesh", None)
-    return bool(getattr(mesh, "explicit_axes", ()))
-
-
-def _type_of(x: Any) -> Any:
+def type_of(x: Any) -> Any:
+    """Return the type of an array, which says where it lies; None of an older JAX."""
     return jax.typeof(x) if hasattr(jax, "typeof") else None

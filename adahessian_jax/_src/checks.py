@@ -160,29 +160,12 @@ def check_real(name: str, tree: Any) -> None:
             )
 
 
-def check_structure(name: str, tree: Any, params: Any) -> None:
-    """Raise ValueError unless ``tree`` has the structure of ``params``."""
-    got: Any = jax.tree.structure(tree)
-    expected: Any = jax.tree.structure(params)
-    if got == expected:
-        return
-    paths, others = (
-        {keystr(path) for path, _ in tree_leaves_with_path(t)} for t in (params, tree)
-    )
-    first = "".join(
-        f" The leaf {path} is {'missing' if path in paths else 'not a parameter'}."
-        for path in sorted(paths ^ others)[:1]
-    )
-    raise ValueError(
-        f"{name} must have the same tree structure as params.{first} Got {got}, where"
-        f" params has {expected}. Inside optax.masked or optax.partition, pass"
-        " mask_compatible_extra_args=True to the wrapper."
-    )
-
-
 def check_like(name: str, tree: Any, params: Any) -> None:
     """Raise ValueError unless ``tree`` has the structure and shapes of ``params``."""
-    check_structure(name, tree, params)
+    got: Any = jax.tree.structure(tree)
+    expected: Any = jax.tree.structure(params)
+    if got != expected:
+        raise ValueError(_other_structure(name, tree, params))
     shapes = map(jnp.shape, jax.tree.leaves(tree))
     for (path, leaf), shape in zip(tree_leaves_with_path(params), shapes, strict=True):
         if shape != jnp.shape(leaf):
@@ -192,9 +175,25 @@ def check_like(name: str, tree: Any, params: Any) -> None:
             )
 
 
-def scalar_function(name: str, fun: Callable[[Any], Array]) -> Callable[[Any], Array]:
-    """Return ``fun`` with a check that its output is one floating-point scalar."""
-    return lambda params: check_scalar(name, fun(params))
+def _other_structure(name: str, tree: Any, params: Any) -> str:
+    paths, others = (
+        {keystr(path) for path, _ in tree_leaves_with_path(t)} for t in (params, tree)
+    )
+    first = "".join(
+        f" The leaf {path} is {'missing' if path in paths else 'not a parameter'}."
+        for path in sorted(paths ^ others)[:1]
+    )
+    return (
+        f"{name} must have the same tree structure as params.{first} Got"
+        f" {jax.tree.structure(tree)}, where params has {jax.tree.structure(params)}."
+        " Inside optax.masked or optax.partition, pass mask_compatible_extra_args=True"
+        " to the wrapper."
+    )
+
+
+def objective(name: str, fun: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return ``fun``, with None beside its output, which must be one scalar."""
+    return lambda params: (check_scalar(name, fun(params)), None)
 
 
 def check_scalar(name: str, value: Any) -> Array:

@@ -143,6 +143,7 @@ class CurvatureAverage:
         ``state``, as is the average of curvature. The next ``mu``, and the average in
         the state moved on, are in those of the next update.
         """
+        # What stays as it is where there is no estimate.
         stored = state.estimate if self.keeps_estimate else state.nu
 
         def fresh(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
@@ -152,14 +153,9 @@ class CurvatureAverage:
                 name, diag = "hessian_diag", hessian_diag
             else:
                 name = "the estimator's diagonal"
-                args = {**extra_args, **self.handed_on(state)}
-                inner = estimator_state, params
-                if isinstance(estimate := self.estimator.update, Estimator):
-                    *_, diag, estimator_state = estimate.value_and_grad(
-                        None, *inner, updates=updates, **args
-                    )
-                else:
-                    diag, estimator_state = estimate(updates, *inner, **args)
+                diag, estimator_state = self._estimate(
+                    updates, estimator_state, params, extra_args, state
+                )
             diag = mask_like(diag, params)
             checks.check_like(name, diag, params)
             axes.check_replicas(diag, params)
@@ -167,11 +163,15 @@ class CurvatureAverage:
             diag = average(self.averaging, jax.tree.map(_as_estimate, diag, state.nu))
             usable = jax.tree.map(self._is_usable, diag, state.nu)
             nonfinite = _saturating_sum(state.nonfinite, usable)
-            if self.keeps_estimate:
-                new = jax.tree.map(_where, usable, diag, stored)
-            else:
-                new = self._moved(state, diag, usable)
-            return new, nonfinite, estimator_state
+            if not self.keeps_estimate:
+                return self._moved(state, diag, usable), nonfinite, estimator_state
+            estimate = jax.tree.map(
+                lambda ok, d, old: jnp.where(ok, d.astype(old.dtype), old),
+                usable,
+                diag,
+                stored,
+            )
+            return estimate, nonfinite, estimator_state
 
         def kept(estimator_state: Any) -> tuple[optax.Updates, Array, Any]:
             return stored, state.nonfinite, estimator_state
@@ -185,12 +185,11 @@ class CurvatureAverage:
                 refresh = curvature.estimate is not None
             else:  # estimated, but maybe for another group of parameters
                 refresh = refresh & curvature.refreshed
-        nu, nonfinite, estimator_state = cond(refresh, fresh, kept, estimator_state)
-        estimate = None
+        stored, nonfinite, estimator_state = cond(refresh, fresh, kept, estimator_state)
+        nu = stored
         if self.keeps_estimate:
-            estimate = nu
-            known = map_floats(lambda d: ~never_estimated(d), estimate)
-            nu = self._moved(state, estimate, known)
+            known = map_floats(lambda d: ~never_estimated(d), stored)
+            nu = self._moved(state, stored, known)
         averages = mu, nu
         if isinstance(self.estimator.update, Estimator):
             averages, estimator_state = self.estimator.update.observe(
@@ -206,11 +205,29 @@ class CurvatureAverage:
             nonfinite=nonfinite,
             fingerprint=state.fingerprint,
             nu=next_nu,
-            estimate=estimate,
+            estimate=stored if self.keeps_estimate else None,
             refresh_due=None if self.always else due,
             estimator_state=estimator_state,
         )
         return new, nu, mu
+
+    def _estimate(
+        self,
+        updates: Any,
+        estimator_state: Any,
+        params: Any,
+        extra_args: Any,
+        state: Any,
+    ) -> tuple[optax.Updates, Any]:
+        """Have the estimator make an estimate; a control variate gets the average."""
+        args = {**extra_args, **self.handed_on(state)}
+        estimate = self.estimator.update
+        if not isinstance(estimate, Estimator):
+            return estimate(updates, estimator_state, params, **args)
+        *_, diag, estimator_state = estimate.value_and_grad(
+            None, estimator_state, params, updates=updates, **args
+        )
+        return diag, estimator_state
 
     def denominator(self, v: Array) -> Array:
         """Return what momentum is divided by where the average is v."""
@@ -280,10 +297,6 @@ def _warn_if_flat(diag: optax.Updates, updates: optax.Updates) -> None:
                     " or take the curvature of the outputs by ah.gauss_newton(loss).",
                     stacklevel=7,
                 )
-
-
-def _where(usable: Array, d: Array, stored: Array) -> Array:
-    return jnp.where(usable, d.astype(stored.dtype), stored)
 
 
 def _saturating_sum(total: Array, usable: optax.Updates) -> Array:

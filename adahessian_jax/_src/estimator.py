@@ -28,19 +28,13 @@ class Estimator(abc.ABC):
 
     Attributes:
       axis_name: the axis of devices over which estimates, not gradients, are averaged.
+      loss: the loss whose outputs ``loss_fn`` has to return beside it, if any.
+      kind: what it estimates: a state of one is not for an optimizer with another.
     """
 
     axis_name: AxisName
-
-    @property
-    def loss(self) -> Loss | None:
-        """The loss whose outputs ``loss_fn`` has to return beside it, if any."""
-        return None
-
-    @property
-    def kind(self) -> str:
-        """What it estimates: a state of one is not for an optimizer with another."""
-        return ""
+    loss: Loss | None
+    kind: str
 
     @property
     def factor(self) -> "Estimator | None":

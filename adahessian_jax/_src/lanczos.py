@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adahessian_jax._src.axes import cut_like, is_cut
 from adahessian_jax._src.derivatives import Floats, squared_norm
+from adahessian_jax._src.meshes import is_sharded, sharded_like
 from adahessian_jax._src.xla import is_traced, while_loop
 
 
@@ -157,7 +157,7 @@ def random_vector(key: Array, like: Floats) -> Floats:
     ends = list(itertools.accumulate(x.size for x in like))
     numbers = jax.random.uniform(key, (ends[-1],), like[0].dtype, -1, 1)
     parts = zip(jnp.split(numbers, ends[:-1]), like, strict=True)
-    return cut_like(like, [x.reshape(y.shape) for x, y in parts])
+    return sharded_like(like, [x.reshape(y.shape) for x, y in parts])
 
 
 def _outside(basis: Floats, vector: Floats) -> Floats:
@@ -170,6 +170,6 @@ def _outside(basis: Floats, vector: Floats) -> Floats:
 
 def _inner(basis: Array, x: Array) -> Array:
     axes = tuple(range(x.ndim))
-    if is_cut(x):  # a product would have to say where its result lies
+    if is_sharded(x):  # a product would have to say where its result lies
         return jnp.sum(basis * x[None], axis=tuple(i + 1 for i in axes))
     return jnp.tensordot(basis, x, (tuple(i + 1 for i in axes), axes))

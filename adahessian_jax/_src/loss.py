@@ -13,9 +13,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import AxisName, sum_over_axis, whole_beside
+from adahessian_jax._src.axes import AxisName, sum_over_axis
 from adahessian_jax._src.curvature_at import CurvatureAt, masked
 from adahessian_jax._src.dtypes import is_differentiable, wide
+from adahessian_jax._src.meshes import replicated_beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +208,12 @@ the reduction, the weights or the loss.
         """
         checks.check_float("rtol", rtol, 0.0)
         checks.check_callable("loss_fn", loss_fn, "outputs -> loss")
-        outputs = whole_beside(outputs, outputs)
+        outputs = replicated_beside(outputs, outputs)
         here = self.at(outputs, labels, where)
         normal = np.random.default_rng(0).normal(size=outputs.shape)
         v = jnp.asarray(normal, outputs.dtype)
-        gradient = jax.grad(checks.scalar_function("loss_fn", loss_fn))
-        true = wide(jax.vjp(gradient, outputs)[1](v)[0])
+        gradient = jax.grad(checks.objective("loss_fn", loss_fn), has_aux=True)
+        true = wide(jax.vjp(gradient, outputs, has_aux=True)[1](v)[0])
         assumed = here.times(here.seen(v))
         size = float(jnp.vdot(assumed, assumed))
         factor = float(jnp.vdot(assumed, true)) / size if size else math.nan

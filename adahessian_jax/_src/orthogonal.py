@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adahessian_jax._src.axes import as_if_automatic
+from adahessian_jax._src.meshes import as_if_automatic
 from adahessian_jax._src.stacks import over_layers
 
 PRECISION = jax.lax.Precision.HIGHEST  # for matrices, which have to stay orthogonal

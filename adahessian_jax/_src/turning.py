@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src.axes import as_if_automatic, on_every_device
 from adahessian_jax._src.dtypes import accumulation_dtype, never_estimated, no_estimate
+from adahessian_jax._src.meshes import as_if_automatic, replicated
 from adahessian_jax._src.moving_average import ema
 from adahessian_jax._src.orthogonal import (
     PRECISION,
@@ -69,7 +69,7 @@ def averaged(decay: ArrayLike, x: Array, rotated: Array, traces: Traces) -> Trac
         return tuple(map(one, range(x.ndim), traces))
 
     n = layers_ndim(traces)
-    of_layers = as_if_automatic(over_layers(of_layer, n), whole=True)
+    of_layers = as_if_automatic(over_layers(of_layer, n), replicate=True)
     rest = of_layers(x, rotated, traces[n:])
     return (*[None] * n, *rest)
 
@@ -101,7 +101,7 @@ def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
             lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in xs]),
             *members,
         )
-        done = on_every_device(jax.vmap(_turned)(*on_every_device(together)))
+        done = replicated(jax.vmap(_turned)(*replicated(together)))
         sizes = [flat[i].size // (flat[i].shape[-1] * flat[i].shape[-2]) for i in group]
         ends = list(itertools.accumulate(sizes))
         for i, end, size in zip(group, ends, sizes, strict=True):

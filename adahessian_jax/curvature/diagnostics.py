@@ -9,10 +9,10 @@ import optax
 from jax import Array
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import whole_beside
 from adahessian_jax._src.curvature_state import find_state, nodes_of_type
 from adahessian_jax._src.derivatives import split_differentiable
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.meshes import replicated_beside
 from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax.curvature.eigenvalues import Eigenpairs
 from adahessian_jax.curvature.estimate import DiagonalEstimate
@@ -167,7 +167,7 @@ def _quantiles(name: str, tree: Any) -> dict[str, Array]:
     report = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
         if is_differentiable(x) and x.size:
-            ordered = jnp.sort(whole_beside(x, x), axis=None)
+            ordered = jnp.sort(replicated_beside(x, x), axis=None)
             for q in (0.05, 0.5, 0.95):
                 key = "/".join([name, *_name(path), str(q)])
                 report[key] = _quantile(ordered, q)
@@ -192,7 +192,9 @@ def _flat(tree: Any, like: Any) -> tuple[Array, int]:
     """Return all entries of the floating-point leaves, and their number, at least 1."""
     leaves, _ = split_differentiable(tree, like)
     dtype = accumulation_dtype(*leaves)
-    flat = [whole_beside(x, x).ravel().astype(dtype) for x in leaves] or [jnp.zeros(0)]
+    flat = [replicated_beside(x, x).ravel().astype(dtype) for x in leaves] or [
+        jnp.zeros(0)
+    ]
     return jnp.concatenate(flat), max(sum(x.size for x in flat), 1)
 
 

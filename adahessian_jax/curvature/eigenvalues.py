@@ -178,12 +178,10 @@ def largest_eigenvalues(
 
 def _hessian(fun: Any, params: Any, mode: str) -> Product:
     floats, rebuild = split_differentiable(params)
-    checked = checks.scalar_function("fun", masking.explain("fun", fun, params))
+    explained = masking.explain("fun", fun, params)
+    objective = checks.objective("fun", lambda floats: explained(rebuild(floats)))
 
     def product(v: Floats) -> Floats:
-        def objective(floats: Floats) -> tuple[Array, None]:
-            return checked(rebuild(floats)), None
-
         image = value_grad_and_hvp(objective, floats, v, mode=mode)[2]
         return [x.astype(y.dtype) for x, y in zip(image, v, strict=True)]
 

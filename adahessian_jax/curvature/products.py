@@ -74,11 +74,8 @@ def hvp(
       (ReLU, max-pooling) it measures kinks, often many times the curvature.
     """
     checks.check_callable("fun", fun, "params -> loss")
-
-    def checked(params: optax.Params) -> tuple[Array, None]:
-        return checks.check_scalar("fun", fun(params)), None
-
-    return value_grad_and_hvp(checked, params, tangents, mode=mode)[2]
+    objective = checks.objective("fun", fun)
+    return value_grad_and_hvp(objective, params, tangents, mode=mode)[2]
 
 
 def hessian_diag(
@@ -119,11 +116,7 @@ def hessian_diag(
     checks.check_real("params", params)
     floats, rebuild = split_differentiable(params)
     _, rebuild_diagonal = split_differentiable(jax.tree.map(jnp.zeros_like, params))
-    checked = checks.scalar_function("fun", fun)
-
-    def objective(floats: list[Array]) -> tuple[Array, None]:
-        return checked(rebuild(floats)), None
-
+    objective = checks.objective("fun", lambda floats: fun(rebuild(floats)))
     starts = list(itertools.accumulate((x.size for x in floats), initial=0))
     widest = accumulation_dtype(*floats)
 

@@ -11,9 +11,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks, dtypes, turning
-from adahessian_jax._src.axes import whole_beside
+from adahessian_jax._src.curvature_state import nodes_of_type
 from adahessian_jax._src.estimator import Estimator, as_estimator
-from adahessian_jax._src.loss import Loss
+from adahessian_jax._src.meshes import replicated_beside
 from adahessian_jax._src.orthogonal import Bases, rotate_tree
 from adahessian_jax._src.stacks import Stacked, check_stacked, stack_ndim
 from adahessian_jax._src.turning import Traces
@@ -135,9 +135,19 @@ def in_eigenbasis(
             f" axes_from='factors': they are what it squares. Got {estimator!r}; or"
             " leave axes_from at 'gradients'."
         )
-    options = axes_from, decay, turn_interval, max_dim, n_vectors, stacked
-    axis_name, squares = getattr(inner, "axis_name", None), factor is not None
-    return _InEigenbasis(axis_name, factor or inner, squares, *options).transformation
+    return _InEigenbasis(
+        getattr(inner, "axis_name", None),
+        getattr(inner, "loss", None),
+        f"in_eigenbasis({getattr(inner, 'kind', '')}, {axes_from})",
+        inner if factor is None else factor,
+        factor is not None,
+        axes_from,
+        decay,
+        turn_interval,
+        max_dim,
+        n_vectors,
+        stacked,
+    ).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,14 +167,6 @@ class _InEigenbasis(Estimator):
     max_dim: int
     n_vectors: int
     stacked: Stacked | None
-
-    @property
-    def loss(self) -> Loss | None:
-        return getattr(self.inner, "loss", None)
-
-    @property
-    def kind(self) -> str:
-        return f"in_eigenbasis({getattr(self.inner, 'kind', '')}, {self.axes_from})"
 
     def init(self, params: optax.Params) -> EigenbasisState:
         leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -245,7 +247,7 @@ class _InEigenbasis(Estimator):
         averages, bases, traces = cond(due, turn, lambda x: x, x)
         leaves = jax.tree.leaves(updates)
         bases, traces = (
-            tuple(map(whole_beside, leaves, part)) for part in (bases, traces)
+            tuple(map(replicated_beside, leaves, part)) for part in (bases, traces)
         )
         return averages, state._replace(traces=traces, bases=bases)
 
@@ -268,11 +270,8 @@ class _InEigenbasis(Estimator):
 
 def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
     """Return the bases of each parameter, none where the estimator has none."""
-    parts = jax.tree.leaves(
-        estimator_state, is_leaf=lambda x: isinstance(x, EigenbasisState)
-    )
-    bases = [x.bases for x in parts if isinstance(x, EigenbasisState)]
-    return bases[0] if bases else ((),) * n_leaves
+    found = nodes_of_type(EigenbasisState, estimator_state)
+    return found[0].bases if found else ((),) * n_leaves
 
 
 def _as(like: Any, tree: Any) -> Any:

@@ -99,25 +99,18 @@ def gauss_newton(
     checks.check_int("n_samples", n_samples, 1)
     checks.check_seed(seed)
     checks.check_axis_name(axis_name)
-    return _GaussNewton(axis_name, loss, n_samples, seed).transformation
+    kind = f"gauss_newton({loss!r})"
+    return _GaussNewton(axis_name, loss, kind, n_samples, seed).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _GaussNewton(Estimator):
     """The estimator with the arguments of :func:`gauss_newton`, or its one factor."""
 
-    of: Loss
+    loss: Loss
     n_samples: int
     seed: int | Array
     squared: bool = True
-
-    @property
-    def loss(self) -> Loss:
-        return self.of
-
-    @property
-    def kind(self) -> str:
-        return f"gauss_newton({self.of!r})"
 
     @property
     def factor(self) -> Estimator | None:
@@ -139,7 +132,7 @@ class _GaussNewton(Estimator):
         model = linearize(fun, predict_fn, axes.as_varying(params, axis), axis)
         grads = None if fun is None else model.as_params(model.gradient())
         sample = gauss_newton_part if self.squared else gauss_newton_factor
-        samples = [sample(k, self.of, model, labels, axis) for k in keys]
+        samples = [sample(k, self.loss, model, labels, axis) for k in keys]
         mean = [sum(x[1:], start=x[0]) / n for x in zip(*samples, strict=True)]
         diag = model.as_params(axes.sum_over_axis(mean, axis))
         return model.value, grads, diag, GaussNewtonState(key)

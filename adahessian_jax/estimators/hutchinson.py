@@ -14,7 +14,6 @@ from jax import Array
 from adahessian_jax._src import axes, checks, derivatives, dtypes, probes, xla
 from adahessian_jax._src.axes import AxisName
 from adahessian_jax._src.estimator import Estimator
-from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.masking import explain
 from adahessian_jax.estimators.control_variates import ControlVariate, multiply
 
@@ -119,8 +118,10 @@ def hutchinson(
     checks.require(known, TypeError, "control_variate", rule, control_variate)
     checks.check_seed(seed)
     checks.check_axis_name(axis_name)
-    arguments = axis_name, n_samples, draw, mode, control_variate, seed
-    return _Hutchinson(*arguments).transformation
+    loss = getattr(control_variate, "loss", None)
+    kind = f"hutchinson({getattr(control_variate, 'name', '')})"
+    arguments = n_samples, draw, mode, control_variate, seed
+    return _Hutchinson(axis_name, loss, kind, *arguments).transformation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,14 +133,6 @@ class _Hutchinson(Estimator):
     mode: str
     control_variate: ControlVariate | None
     seed: int | Array
-
-    @property
-    def loss(self) -> Loss | None:
-        return None if self.control_variate is None else self.control_variate.loss
-
-    @property
-    def kind(self) -> str:
-        return f"hutchinson({getattr(self.control_variate, 'name', '')})"
 
     def init(self, params: optax.Params) -> HutchinsonState:
         checks.check_real("params", params)
@@ -154,7 +147,8 @@ class _Hutchinson(Estimator):
         if fun is not None and self.loss is not None:
             extra_args["loss_fn"] = fun
         elif fun is None and obj_fn is not None:
-            fun = _with_no_aux(obj_fn, params)
+            checks.check_callable("obj_fn", obj_fn, "params -> loss")
+            fun = checks.objective("obj_fn", explain("obj_fn", obj_fn, params))
         key, subkey = jax.random.split(state.key)
         axis = self.axis_name
         axes.check_whole(params, axis, along="all")
@@ -168,7 +162,7 @@ class _Hutchinson(Estimator):
 
         def add_sample(carry: tuple[Any, Any], keys: Any) -> tuple[Any, None]:
             total, cv_state = carry
-            if unroll:
+            if unroll:  # one after the other, in the memory of one
                 keys = xla.after(keys[0], total, otherwise=subkey), keys[1]
             _, d, cv_state = sample(*keys, cv_state)
             return (dtypes.map_floats(jnp.add, total, d), cv_state), None
@@ -187,10 +181,14 @@ class _Hutchinson(Estimator):
     def _sample(
         self, fun: Any, params: Any, extra_args: Any, key: Any, own_key: Any, state: Any
     ) -> tuple[Any, optax.Updates, Any]:
-        """Return value and gradient, one sample, and the control variate's state."""
+        """Return value and gradient, one sample, and the control variate's state.
+
+        ``key`` is that of the probe: each device's own, as ``own_key`` is, or one for
+        all of them, where the function exchanges something between them.
+        """
         z = axes.as_varying(self.draw(key, params), self.axis_name)
         checks.check_like("the probe", z, params)
-        passes = []
+        passes = []  # of value and gradient; control variates multiply once or more
 
         def product(other: Any = None) -> optax.Updates:
             """Multiply the probe by the Hessian, the objective's by default."""
@@ -217,12 +215,6 @@ class _Hutchinson(Estimator):
                 state, z, product, **given, **extra_args
             )
         return passes[0], diag, state
-
-
-def _with_no_aux(obj_fn: Any, params: Any) -> Callable[[Any], tuple[Array, None]]:
-    checks.check_callable("obj_fn", obj_fn, "params -> loss")
-    objective = checks.scalar_function("obj_fn", explain("obj_fn", obj_fn, params))
-    return lambda params: (objective(params), None)
 
 
 def _needs_obj_fn(extra_args: dict[str, Any]) -> str:

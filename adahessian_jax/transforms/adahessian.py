@@ -10,7 +10,6 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from adahessian_jax._src.averaging_rule import AveragingRule
-from adahessian_jax._src.axes import check_cut_alike
 from adahessian_jax._src.checks import (
     check_flag,
     check_float,
@@ -27,6 +26,7 @@ from adahessian_jax._src.dtypes import (
     zeros_like,
 )
 from adahessian_jax._src.estimator import Estimator
+from adahessian_jax._src.meshes import check_sharded_alike
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax.estimators.eigenbasis import find_bases
@@ -159,8 +159,8 @@ def divide_by(
                 " predict_fn, or use an estimator that is not in_eigenbasis(...)."
             )
         curvature_average.check(updates, state.curvature, params, extra_args)
-        check_cut_alike("state.mu", state.mu, updates)
-        check_cut_alike("state.curvature.nu", state.curvature.nu, updates)
+        check_sharded_alike("state.mu", state.mu, updates)
+        check_sharded_alike("state.curvature.nu", state.curvature.nu, updates)
         turned = rotate_tree(updates, bases)
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), turned, state.mu)
         kept = jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), mu, state.mu)

@@ -10,12 +10,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import AxisName, check_whole, is_cut, sum_over_axis
+from adahessian_jax._src.axes import AxisName, check_whole, sum_over_axis
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import accumulation_dtype, wide
 from adahessian_jax._src.linearized import push_forward
 from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.masking import mask_like
+from adahessian_jax._src.meshes import is_sharded
 from adahessian_jax._src.moving_average import as_dtype, ema
 
 
@@ -244,8 +245,8 @@ def _dot(a: Floats, b: Floats, *, start: Array) -> Array:
     """Return the inner product of two lists of arrays, in float32 or wider."""
 
     def dot(x: Array, y: Array) -> Array:
-        # A product of cut arrays would have to say where its result lies.
-        return jnp.sum(x * y) if is_cut(x) else jnp.vdot(x, y)
+        # A product of sharded arrays would have to say where its result lies.
+        return jnp.sum(x * y) if is_sharded(x) else jnp.vdot(x, y)
 
     pairs = zip(a, b, strict=True)
     return sum((dot(wide(x), wide(y)) for x, y in pairs), start=start)

@@ -11,8 +11,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import checks
-from adahessian_jax._src.axes import as_if_automatic, check_cut_alike, whole_beside
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.meshes import (
+    as_if_automatic,
+    check_sharded_alike,
+    replicated_beside,
+)
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import PRECISION, rotate
 from adahessian_jax._src.turning import Traces, averaged
@@ -66,38 +70,11 @@ def scale_by_soap(
     the eigenvectors of :math:`L` and :math:`R`; each ``every``-th one moves them by a
     step of orthogonal iteration, :math:`Q \leftarrow \mathrm{qr}(L Q)`.
 
-    Args:
-      b1: decay rate of the average of the gradient, in [0, 1).
-      b2: the same for its square.
-      eps: added to the denominator, at least 0.
-      decay: of the averages that the axes are turned by, in [0, 1); by default ``b2``.
-      every: turn on each so many-th update, at least 1.
-      max_dim: longer axes are left as they are. An axis of n takes 2 n² numbers of
-        state and 8 n operations for each entry of the tensor, and n³ to turn.
-      turn_vectors: whether tensors of one axis are turned, too.
-
-    Returns:
-      A transformation, with a :class:`.ScaleBySoapState`. It needs no function, and
-      updates are 0 for the first gradient and for parameters that are not floating
-      point. A gradient that is not finite never enters the axes.
-
-    Raises:
-      ValueError: if an argument is out of range.
-      TypeError: if an argument is of the wrong type, or a parameter is complex.
-
-    Examples:
-      >>> import jax, optax, jax.numpy as jnp
-      >>> from adahessian_jax.transforms.soap import scale_by_soap
-      >>> h = jnp.array([[2.0, 1.9], [1.9, 2.0]])
-      >>> w = jnp.array([[1.0, 2.0], [3.0, -1.0]])
-      >>> def loss(w): return jnp.sum(w * (h @ w))
-      >>> tx = optax.chain(scale_by_soap(), optax.scale(-0.05))
-      >>> state = tx.init(w)
-      >>> for _ in range(100):
-      ...   updates, state = tx.update(jax.grad(loss)(w), state, w)
-      ...   w = optax.apply_updates(w, updates)
-      >>> bool(loss(w) < 0.5)  # from 34
-      True
+    Updates are 0 for the first gradient and for parameters that are not floating point.
+    A gradient that is not finite never enters the axes. An axis of n, up to
+    ``max_dim``, takes 2 n² numbers of state and 8 n operations for each entry of the
+    tensor, and n³ to turn. The arguments are those of
+    :func:`adahessian_jax.published.soap`.
 
     References:
       Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, algorithm 3, and
@@ -106,10 +83,6 @@ def scale_by_soap(
     checks.check_float("b1", b1, 0.0, 1.0)
     checks.check_float("b2", b2, 0.0, 1.0)
     checks.check_float("eps", eps, 0.0)
-    checks.check_float("decay", b2 if decay is None else decay, 0.0, 1.0)
-    checks.check_int("every", every, 1, traceable=True)
-    checks.check_int("max_dim", max_dim, 1)
-    checks.check_flag("turn_vectors", turn_vectors)
 
     def first_grams(leaf: Any) -> Traces:
         shape, dtype = jnp.shape(leaf), accumulation_dtype(leaf)
@@ -134,8 +107,8 @@ def scale_by_soap(
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params
         checks.check_like("updates", updates, state.mu)
-        check_cut_alike("state.mu", state.mu, updates)
-        check_cut_alike("state.nu", state.nu, updates)
+        check_sharded_alike("state.mu", state.mu, updates)
+        check_sharded_alike("state.nu", state.nu, updates)
         count, first = state.count, state.count == 0
         t = jnp.maximum(count, 1)
         scale = debias(b1, t) / jnp.sqrt(debias(b2, t))
@@ -177,7 +150,7 @@ def scale_by_soap(
 
         nu, bases = cond(first, start, later, (nu, state.bases))
         grams, bases = (
-            tuple(map(whole_beside, leaves, part)) for part in (grams, bases)
+            tuple(map(replicated_beside, leaves, part)) for part in (grams, bases)
         )
         steps, mu, nu = (jax.tree.unflatten(treedef, x) for x in (steps, mu, nu))
         count = optax.safe_increment(count)
