@@ -48,6 +48,13 @@ def compiled_programs():
 
 
 @pytest.fixture
+def standard_promotion():
+    """Run a test as users do, who mix dtypes, and as parts of optax need it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def x64():
     """Run one test in double precision."""
     jax.config.update("jax_enable_x64", True)

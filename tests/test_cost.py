@@ -13,16 +13,11 @@ from jax import export
 import adahessian_jax as ah
 from benchmarks.networks import NETWORKS, gpt2
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 BF16 = "bfloat16"
 NHWC = ("NHWC", "HWIO", "NHWC")
 LOSS = ah.losses.softmax_cross_entropy
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """optax.adam mixes dtypes."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def compiled(step, tx, net):

@@ -43,13 +43,6 @@ def run(code, namespace):
         assert not isinstance(update, jax.Array) or jnp.isfinite(update).all()
 
 
-@pytest.fixture
-def standard_promotion():
-    """The pages are for users with JAX's default settings."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def test_there_are_pages():
     assert {"composition", "stories", "api/estimators", "README"} <= TEXTS.keys()
 

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import adahessian_jax as ah
 from adahessian_jax import losses
 from adahessian_jax.demo.data import load_digits
-from tests.problems import at_once, dense_ggn, dense_hessian, mlp, opaque, quadratic
+from tests.problems import at_once, dense_ggn, dense_hessian, mlp, quadratic
 
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(8, 4)), RNG.integers(0, 3, size=8)
@@ -269,19 +269,6 @@ def test_half_precision():
     found = ah.largest_eigenvalues(loss_fn, params)
     np.testing.assert_allclose(found.values, expected.values, rtol=0.01 + 2 / 2**9)
     assert {str(x.dtype) for x in jax.tree.leaves(found)} == {"float32", "int32"}
-
-
-def test_functions_without_a_forward_rule():
-    def loss_fn(w):
-        return jnp.sum(opaque(w))
-
-    w, mode = jnp.array([0.5, 1.0]), "reverse-over-reverse"
-    with pytest.raises(TypeError, match="custom_vjp") as caught:
-        ah.largest_eigenvalues(loss_fn, w)
-    assert mode in str(caught.value.__notes__)
-    found = ah.largest_eigenvalues(loss_fn, w, 2, mode=mode)
-    expected = -2 * np.tanh(w) / np.cosh(w) ** 2
-    np.testing.assert_allclose(np.sort(found.values), np.sort(expected), rtol=1e-5)
 
 
 def test_nothing_finite():

@@ -351,9 +351,11 @@ def test_operations_without_a_forward_rule():
     h = jax.hessian(lambda w: loss(w, jnp.tanh))(w)
     np.testing.assert_allclose(ah.hvp(loss, w, v, **back), h @ v)
     np.testing.assert_allclose(ah.hessian_diag(loss, w, **back), np.diag(h))
-    for differentiate in (lambda: ah.hvp(loss, w, v), lambda: ah.hessian_diag(loss, w)):
+    values = ah.largest_eigenvalues(loss, w, 2, rtol=1e-9, **back).values
+    np.testing.assert_allclose(np.sort(values), np.linalg.eigvalsh(h))
+    for differentiate in (ah.hvp, ah.hessian_diag, ah.largest_eigenvalues):
         with pytest.raises(TypeError, match="custom_vjp") as caught:
-            differentiate()
+            differentiate(loss, w, *[v][: differentiate is ah.hvp])
         assert any(back["mode"] in note for note in caught.value.__notes__)
     tx, g = ah.scale_by_quadratic_model(losses.l2_loss), jax.grad(loss)(w)
     update = functools.partial(tx.update, -g, tx.init(w), w, grad=g)

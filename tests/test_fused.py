@@ -17,6 +17,8 @@ import adahessian_jax as ah
 from adahessian_jax import losses
 from tests.problems import at_once
 
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(12, 3)), jnp.float32)
 Y = jnp.asarray(RNG.integers(0, 3, size=12))
@@ -27,13 +29,6 @@ PARAMS = {
 SOFTMAX = losses.softmax_cross_entropy
 # Of each of four parts, which get every fourth row, another sum.
 WHERE = jnp.asarray([1.0, 0, 2, 0.5, 1, 0, 0, 0, 3, 0, 1, 1])
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """optax.adam and other parts of optax need it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def predict(p, x=X):
@@ -167,55 +162,6 @@ def test_finds_the_estimator(name):
     close(curvature.estimate["v"], expected["v"] if name == "groups" else masked)
     updates, _ = tx.update(grads, state, PARAMS, curvature=curvature)
     assert np.all(np.isfinite(updates["w"]))
-
-
-def test_refuses_what_has_no_curvature_or_two():
-    make = ah.value_and_grad_with_curvature
-
-    def call(tx, state):
-        return make(loss_fn, tx)(PARAMS, X, Y, state=state)
-
-    seeds = [ah.scale_by_adahessian(estimator=ah.hutchinson(seed=s)) for s in (0, 1, 1)]
-    labels = {"v": "a", "w": "b"}
-    two, same = (
-        optax.partition(dict(zip("ab", pair, strict=True)), labels)
-        for pair in (seeds[:2], seeds[1:])
-    )
-    call(same, same.init(PARAMS))
-    adam, ours = optax.adam(0.1), ah.adahessian(0.1)
-    other = ah.adahessian(0.1, estimator=ah.in_eigenbasis(ah.gauss_newton(SOFTMAX)))
-    for tx, of, message in (
-        (ours, adam.init(PARAMS), "must be that of an optimizer by curvature"),
-        (ours, None, "must be that of an optimizer by curvature"),
-        (adam, ours.init(PARAMS), "tx must be that of an optimizer by curvature"),
-        (two, two.init(PARAMS), "2 estimators that differ"),
-        (ours, other.init(PARAMS), "comes from another estimator"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(tx, of)
-
-
-def test_refuses_stale_curvature_and_none_at_first():
-    tx = ah.adahessian(0.1)
-    fused = ah.value_and_grad_with_curvature(loss_fn, tx)
-    state = tx.init(PARAMS)
-    _, grads, curvature = fused(PARAMS, X, Y, state=state)
-    _, new = tx.update(grads, state, PARAMS, curvature=curvature)
-    with pytest.raises(ValueError, match="computed for another state"):
-        tx.update(grads, new, PARAMS, curvature=curvature)
-    compiled = jax.jit(lambda s: tx.update(grads, s, PARAMS, curvature=curvature))
-    updates, _ = compiled(new)
-    assert all(np.all(np.isnan(u)) for u in updates.values())  # cannot raise there
-    _, grads, curvature = fused(PARAMS, X, Y, state=state, refresh=False)
-    assert curvature.estimate is None
-    with pytest.raises(ValueError, match="refresh=False before any estimate"):
-        tx.update(grads, state, PARAMS, curvature=curvature)
-    sums = ah.gauss_newton(SOFTMAX.replace(reduction="sum"))
-    fused = ah.value_and_grad_with_curvature(
-        loss_and_outputs, sums, microbatches=2, reduction="mean"
-    )
-    with pytest.raises(ValueError, match="contradicts losses"):
-        fused(PARAMS, X, Y, state=ah.adahessian(0.1, estimator=sums).init(PARAMS))
 
 
 def test_what_the_loss_has_beside_that_of_the_outputs_is_in_the_controlled_estimate():

@@ -123,7 +123,6 @@ def test_value_gradient_and_curvature(case):
     hessian = np.asarray(jax.jit(jax.hessian(called))(F)).reshape(F.size, F.size)
     np.testing.assert_allclose(gradient, jax.jit(jax.grad(called))(F), atol=1e-15)
 
-
     @jax.jit
     @jax.vmap
     def weighted(u):
@@ -190,21 +189,6 @@ def squares(f, scale=0.5):
 
 
 L2, NONE = losses.l2_loss, "no finite curvature"
-REFUSED = {
-    "another loss": (lambda f: jnp.sum(f**4), None, "has another curvature than"),
-    "no weight": (squares, np.zeros(4), NONE),
-    "NaN": (lambda f: jnp.nan * squares(f), None, NONE),
-    "negative": (lambda f: squares(f, -1 / 8), None, "-2 times the curvature"),
-    "reduction": (squares, None, "8 times the curvature"),
-    "a little": (lambda f: squares(f, 1.01 / 16), None, r"1\.01 times"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_check_refuses(name):
-    loss_fn, where, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        L2.check(loss_fn, F1 * np.arange(1, 3), where=where)
 
 
 def test_check_refuses_where_there_is_nothing_to_compare():
@@ -215,30 +199,8 @@ def test_check_refuses_where_there_is_nothing_to_compare():
     L2.check(lambda f: squares(f, 1.01 / 16), F1, rtol=0.02)
 
 
-X3 = np.zeros((4, 3))
-ROW = losses.of_row(quartic)
-DEEP = SOFTMAX.replace(event_ndim=3)
-SHAPE_ERRORS = {
-    "one class": (SOFTMAX, (X3[:, :1], X3[:, :1]), "one class"),
-    "columns": (losses.l2_loss, (X3[:, :1], X3[:, 0]), r"\(4,\) .* of shape \(4, 1\)"),
-    "too few classes": (SOFTMAX, (X3, np.zeros(3, int)), "do not match outputs"),
-    "no labels": (losses.l2_loss, (X3, None), "labels must be given to losses.l2"),
-    "no labels of rows": (ROW, (X3, None), "labels must be given"),
-    "rows": (ROW, (X3, np.zeros(3)), r"labels of shape \(3,\) do not"),
-    "axes": (DEEP, (X3, X3), "rows along the last 3 axes"),
-    "no distribution": (SOFTMAX, (X3, X3), "must add up to 1"),
-}
-
-
-@pytest.mark.parametrize("name", SHAPE_ERRORS)
-def test_refuses_what_does_not_fit(name):
-    loss, arguments, message = SHAPE_ERRORS[name]
-    with pytest.raises(ValueError, match=message):
-        loss(*arguments)
-
-
 def test_refuses_labels_of_a_curvature_that_do_not_fit():
-    loss, f = losses.of_element(lambda f, y: (f - y) ** 4), jnp.asarray(X3)
+    loss, f = losses.of_element(lambda f, y: (f - y) ** 4), jnp.zeros((4, 3))
     estimator, args = ah.gauss_newton(loss), {"predict_fn": lambda f: f}
     with pytest.raises(ValueError, match=r"labels of shape .* do not match outputs"):
         estimator.update(None, estimator.init(f), f, labels=f.T, **args)
@@ -246,19 +208,13 @@ def test_refuses_labels_of_a_curvature_that_do_not_fit():
         loss.check(lambda f: loss(f, 0 * f), f, f.T)
 
 
-def test_refuses_weights_below_zero_integers_and_a_concave_function():
-    with pytest.raises(ValueError, match="where must not be negative"):
-        losses.l2_loss(F1, F1, where=np.array([1.0, -1, 1, 1]))
-    with pytest.raises(TypeError, match="outputs must be floating point"):
-        losses.l2_loss(np.ones(3, int), np.ones(3))
+def test_a_concave_function_is_refused():
     for make in (losses.of_row, losses.of_element):
         loss = make(lambda f: -jnp.sum(f**2))
         with pytest.raises(ValueError, match="loss must be convex in the outputs"):
             loss.factor(jnp.asarray(F1), jnp.ones_like(F1), None)
         compiled = jax.jit(lambda f, loss=loss: loss.factor(f, f, None))(F1)
         assert np.all(np.isnan(compiled))  # where nothing could raise
-        with pytest.raises(TypeError, match="must be a callable"):
-            make(3)
 
 
 @pytest.mark.parametrize("scale", [3.0, 10.0, 30.0])
