@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 
 class Mlp(nn.Module):
@@ -46,20 +45,6 @@ class TanhMlp(nn.Module):
         for _ in range(3):
             x = nn.tanh(nn.Dense(self.width)(x))
         return nn.Dense(1)(x)[..., 0]
-
-
-class Autoencoder(nn.Module):
-    """Five hidden layers with tanh, or ``depth`` of each; the narrowest has 16."""
-
-    widths: tuple[int, ...] = (256, 64, 16, 64, 256)
-    depth: int = 1
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map rows of pixels to rows of pixels."""
-        for width in np.repeat(self.widths, self.depth).tolist():
-            x = nn.tanh(nn.Dense(width)(x))
-        return nn.Dense(784)(x)
 
 
 class ResNet8(nn.Module):

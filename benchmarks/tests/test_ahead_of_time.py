@@ -3,7 +3,6 @@
 
 import json
 import pathlib
-import shutil
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 import benchmarks
 from benchmarks import networks
-from benchmarks.ahead_of_time import programs, report, targets
+from benchmarks.ahead_of_time import programs, targets
 
 RESULTS = pathlib.Path(benchmarks.__file__).parent / "results"
 # As compilers for CPU, TPU and CUDA write them.
@@ -73,12 +72,3 @@ def test_no_committed_step_calls_the_host_or_computes_in_float64():
         for ways in target["networks"].values():
             for row in (row for rows in ways.values() for row in rows.values()):
                 assert row["callbacks"] == row["float64"] == 0
-
-
-def test_committed_table_is_that_of_the_committed_result(tmp_path):
-    """As it is written from the figures."""
-    path = tmp_path / "ahead_of_time.json"
-    shutil.copy(RESULTS / path.name, path)
-    report.write(path)
-    committed = (RESULTS / path.name).with_suffix(".md").read_text("utf-8")
-    assert path.with_suffix(".md").read_text("utf-8") == committed

@@ -18,6 +18,7 @@ from benchmarks import networks
 from benchmarks.accuracy import measure
 from benchmarks.accuracy import report as accuracy_report
 from benchmarks.accuracy.networks import Net, Run, digits
+from benchmarks.ahead_of_time import report as ahead_of_time_report
 from benchmarks.cost import report as cost_report
 from benchmarks.cost.contenders import prepare, recipes
 from benchmarks.models import Mlp
@@ -32,6 +33,7 @@ SMALL = Net(Mlp((4, 10), jnp.tanh), partial(digits, 14), 8, 1e-2)
         ("step_cost", cost_report.write),
         ("estimator_accuracy", accuracy_report.write),
         ("control_variates", accuracy_report.write_batch_sizes),
+        ("ahead_of_time", ahead_of_time_report.write),
     ],
 )
 def test_committed_table_is_that_of_the_committed_result(name, write, tmp_path):

@@ -9,7 +9,6 @@ AdamW's rate. With --searched all of its searches stay, and the runs are made ag
 """
 
 import argparse
-import inspect
 import json
 import math
 import os
@@ -54,7 +53,6 @@ def main() -> None:
         "seeds": args.seeds,
         "first_seed": args.first_seed,
         "batch_size": task.batch_size,
-        "depth": args.depth,
         "evaluated": task.evaluated,
         "device": f"{jax.devices()[0].device_kind}, {len(own(0))} core(s)",
         "jax": jax.__version__,
@@ -74,8 +72,6 @@ def main() -> None:
     path.write_text(report.dumps(result), encoding="utf-8")
     path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
     plots.plot(result, path.with_suffix(".png"))
-    if args.reach > 1:
-        plots.plot_rates(found, path.with_name(f"{args.task}_rates.png"))
     CONSOLE.print(report.table(result), markup=False)
 
 
@@ -92,15 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--first-seed", type=int, default=0)
     add("--steps", type=int, help="of AdamW; by default the task's own")
     add("--batch-size", type=int, help="by default the task's own")
-    layers = "so many of each hidden layer: transformer, autoencoder and diamonds"
-    add("--depth", type=int, default=1, help=layers)
     examples = "examples of a loss; by default the task's own"
     add("--evaluated", type=int, help=examples)
     add("--rate", type=float, help="of all but AdamW, in place of a search")
     keep = "take the learning rates that an earlier run found"
     add("--searched", action="store_true", help=keep)
-    wider = "try learning rates so many half decades to either side at least; with more"
-    add("--reach", type=int, default=1, help=wider + " than 1, plot all losses")
     out = Path(__file__).parent.parent / "results" / "training"
     add("--out", type=Path, default=out, help="a directory")
     return parser
@@ -108,13 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def task_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Task:
     """Make the task that the command line asks for."""
-    make_task = TASKS[args.task]
-    if args.depth == 1:
-        task = make_task()
-    elif "depth" in inspect.signature(make_task).parameters:
-        task = make_task(depth=args.depth)
-    else:
-        parser.error(f"argument --depth: {args.task} has one depth only")
+    task = TASKS[args.task]()
     if args.batch_size is not None:
         if task.batch_size is None:
             parser.error(f"argument --batch-size: {args.task} has one batch of all")
@@ -148,7 +134,7 @@ def compare(
             baseline = args.only and name not in args.only
             if name in others and (args.searched or baseline):
                 known = report.rates_tried(others[name])
-            found = protocol.search(score, start, reach=args.reach, known=known)
+            found = protocol.search(score, start, known=known)
         entries[name] = {
             "search": {f"{rate:.4g}": loss for rate, loss in found.items()},
             "rate": protocol.best_rate(found),

@@ -3,13 +3,12 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from benchmarks.training.report import Result, difference, rates_tried
+from benchmarks.training.report import Result, difference
 
 
 def plot(result: Result, path: Path) -> None:
@@ -55,25 +54,3 @@ def plot(result: Result, path: Path) -> None:
     grid.figure.suptitle(result["task"], fontsize=11, y=1.0, va="bottom")
     grid.savefig(path, dpi=120)
     plt.close(grid.figure)
-
-
-def plot_rates(entries: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the losses that searches found over the learning rate.
-
-    Those above twice the least are not shown.
-    """
-    tried = {name: rates_tried(entry) for name, entry in entries.items()}
-    least = min(min(losses.values()) for losses in tried.values())
-    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, losses in tried.items():
-        if len(losses) == 1:
-            ax.axhline(*losses.values(), color="#777777", linestyle="--", label=name)
-        else:
-            sns.lineplot(losses, marker="o", label=name, ax=ax, markersize=5)
-    ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
-    ax.set(ylim=(0.97 * least, 2 * least), title=path.stem.replace("_", ", "))
-    ax.grid(alpha=0.3)
-    sns.despine(figure)
-    ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

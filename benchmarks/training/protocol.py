@@ -192,17 +192,16 @@ def search(
     score: Callable[[float], float],
     start: float,
     *,
-    reach: int = 1,
     known: Mapping[float, float] = MappingProxyType({}),
 ) -> dict[float, float]:
     """Return the score of learning rates around the best, which has the least.
 
-    The rates lie half a decade apart. So many to either side of the first are tried at
-    least, and more at either edge until the best is not there. What is known from an
+    The rates lie half a decade apart: the first, one to either side, and more at either
+    edge until the best is not there. What is known from an
     earlier search from the same start is kept, and not tried again.
     """
     found = {round(math.log(r / start, FACTOR)): loss for r, loss in known.items()}
-    missing = [k for k in range(-reach, reach + 1) if k not in found]
+    missing = [k for k in (-1, 0, 1) if k not in found]
     for _ in range(12):
         for power in missing:
             found[power] = score(start * FACTOR**power)

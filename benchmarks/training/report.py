@@ -153,8 +153,8 @@ def table(result: Result) -> str:
     size = result["batch_size"]
     batch = "one batch of all" if size is None else f"batches of {size}"
     return (
-        f"# {result['task']}\n\n{result['steps']} steps, {batch}, depth"
-        f" {result['depth']}, {result['seeds']} seeds, {result['device']}, JAX"
+        f"# {result['task']}\n\n{result['steps']} steps, {batch},"
+        f" {result['seeds']} seeds, {result['device']}, JAX"
         f" {result['jax']}. Losses are geometric means over seeds; differences to AdamW"
         " are of validation losses, pair by pair, and lie with two standard errors"
         " between the figures in brackets. Good is a rate whose loss is within 5 % of"

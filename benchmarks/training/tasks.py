@@ -20,7 +20,7 @@ from adahessian_jax.demo.data import (
     thin,
 )
 from adahessian_jax.demo.models import CharTransformer, ConvNet
-from benchmarks.models import Autoencoder, Mlp, ResNet8, TanhMlp
+from benchmarks.models import Mlp, ResNet8, TanhMlp
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's package
 Params = Any
@@ -94,17 +94,17 @@ def resnet8() -> Task:
     return classifier(ResNet8(n_classes), train, validation, loops=True)
 
 
-def transformer(depth: int = 1) -> Task:
+def transformer() -> Task:
     """Return a decoder-only transformer for Shakespeare's characters."""
     data = load_shakespeare()
-    model = CharTransformer(data.n_classes, n_layers=2 * depth)
+    model = CharTransformer(data.n_classes, n_layers=2)
     return classifier(model, data.train, thin(data.test, 256), batch_size=16)
 
 
-def autoencoder(depth: int = 1) -> Task:
+def autoencoder() -> Task:
     """Return a deep tanh autoencoder of images, with the squared error of a pixel."""
     train, validation, _ = images()
-    model = Autoencoder(depth=depth)
+    model = Mlp((256, 64, 16, 64, 256, 784), nn.tanh)
 
     def forward(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
         x = batch.inputs.reshape(len(batch.inputs), -1)
@@ -122,14 +122,14 @@ def autoencoder(depth: int = 1) -> Task:
     )
 
 
-def diamonds(depth: int = 1) -> Task:
+def diamonds() -> Task:
     """Return an MLP for the logarithm of the price of a diamond."""
     x, y = _diamonds()
     order = np.random.default_rng(0).permutation(len(y))
     train, validation = (
         Examples(x[rows], y[rows]) for rows in (order[5000:], order[:5000])
     )
-    model = Mlp((128,) * 2 * depth + (1,))
+    model = Mlp((128, 128, 1))
 
     def forward(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
         return model.apply(params, batch.inputs)[:, 0], batch.labels
@@ -211,7 +211,7 @@ def quadratic() -> Task:
 
 _MAKERS = (cnn, resnet8, transformer, autoencoder, poisson)
 _MAKERS += (burgers, diamonds, logistic, quadratic)
-TASKS: dict[str, Callable[..., Task]] = {make.__name__: make for make in _MAKERS}
+TASKS: dict[str, Callable[[], Task]] = {make.__name__: make for make in _MAKERS}
 
 
 def classifier(
