@@ -245,8 +245,7 @@ def _find_estimator(
         raise ValueError(
             f"tx has {len(found)} estimators that differ, and one pass makes one"
             " estimate. Give all groups of parameters the same, estimator ="
-            " ah.hutchinson() for example, or pass the one that is meant in place of"
-            " tx."
+            " ah.hutchinson() for example, or pass obj_fn and predict_fn to tx.update."
         )
     initial = jax.eval_shape(first.init, curved)
     expected: Any = jax.tree.structure([s.estimator_state for s in states])

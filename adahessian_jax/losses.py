@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
-from adahessian_jax._src.checks import check_callable, raise_if
+from adahessian_jax._src.checks import check_callable, check_scalar
 from adahessian_jax._src.loss import Loss as Loss
 
 
@@ -27,7 +26,7 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
 
     Args:
       loss: ``row -> scalar``, or ``(row, label) -> scalar``, convex in the row, the
-        last axis of the outputs.
+        last axis of the outputs. A second argument is the label, with a default too.
       name: what to call it in messages; by default the function's.
 
     Returns:
@@ -45,26 +44,27 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
     """
     check_callable("loss", loss, "row -> scalar or (row, label) -> scalar")
 
+    def of_one(row: Array, *label: Any) -> Array:
+        return check_scalar("loss", loss(row, *label))
+
     def by_row(function: Any, labels: Any, *arrays: Array) -> Array:
         for _ in range(arrays[0].ndim - 1):
             function = jax.vmap(function)
         return function(*arrays) if labels is None else function(*arrays, labels)
 
     def factor(f: Array, signs: Array, labels: Any) -> Array:
-        h = by_row(jax.jacrev(jax.grad(loss)), labels, f)
+        h = by_row(jax.jacrev(jax.grad(of_one)), labels, f)
         values, vectors = jnp.linalg.eigh(h)
-        largest = jnp.abs(values).max(axis=-1, keepdims=True)
-        roots = _roots(values, largest)
-        return jnp.einsum("...ij,...j->...i", vectors, roots * signs)
+        return jnp.einsum("...ij,...j->...i", vectors, _roots(values) * signs)
 
     def product(f: Array, v: Array, labels: Any) -> Array:
         def one(row: Array, u: Array, *label: Any) -> Array:
-            return jax.vjp(lambda x: jax.grad(loss)(x, *label), row)[1](u)[0]
+            return jax.vjp(lambda x: jax.grad(of_one)(x, *label), row)[1](u)[0]
 
         return by_row(one, labels, f, v)
 
     def losses(f: Array, labels: Any) -> Array:
-        return by_row(loss, labels, f)
+        return by_row(of_one, labels, f)
 
     needs_labels, name = _takes_labels(loss), _name("of_row", loss, name)
     return Loss(name, "row", losses, factor, product, needs_labels, event_ndim=1)
@@ -75,7 +75,7 @@ def of_element(loss: Callable[..., Array], name: str | None = None) -> Loss:
 
     Args:
       loss: ``output -> scalar``, or ``(output, label) -> scalar``, convex in the
-        output.
+        output. A second argument is the label, with a default too.
       name: what to call it in messages; by default the function's.
 
     Returns:
@@ -93,14 +93,17 @@ def of_element(loss: Callable[..., Array], name: str | None = None) -> Loss:
     """
     check_callable("loss", loss, "output -> scalar or (output, label) -> scalar")
 
+    def of_one(output: Array, *label: Any) -> Array:
+        return check_scalar("loss", loss(output, *label))
+
     def each(function: Any, f: Array, labels: Any) -> Array:
         flat = [x.ravel() for x in (f, labels) if x is not None]
         return jax.vmap(function)(*flat).reshape(f.shape)
 
     return _elementwise(
         _name("of_element", loss, name),
-        lambda f, labels: each(loss, f, labels),
-        lambda f, labels: each(jax.grad(jax.grad(loss)), f, labels),
+        lambda f, labels: each(of_one, f, labels),
+        lambda f, labels: each(jax.grad(jax.grad(of_one)), f, labels),
         _takes_labels(loss),
     )
 
@@ -109,7 +112,7 @@ def _elementwise(name: str, losses: Any, curvature: Any, takes: bool = False) ->
     """Make a loss of functions of outputs and labels to each output's."""
 
     def factor(f: Array, signs: Array, labels: Any) -> Array:
-        return _roots(curvature(f, labels), 0) * signs
+        return _roots(curvature(f, labels)) * signs
 
     def product(f: Array, v: Array, labels: Any) -> Array:
         return curvature(f, labels) * v
@@ -117,20 +120,15 @@ def _elementwise(name: str, losses: Any, curvature: Any, takes: bool = False) ->
     return Loss(name, "element", losses, factor, product, takes)
 
 
-def _roots(curvature: Array, largest: ArrayLike) -> Array:
+def _roots(curvature: Array) -> Array:
     """Return square roots, of zero where a curvature is below it by rounding alone.
 
-    A row that is nearly certain has the differences of numbers near 1 as curvature.
+    They are NaN where it is below by more. A row that is nearly certain has the
+    differences of numbers near 1 as curvature, or of the scale that the loss has.
     """
     eps = jnp.finfo(curvature.dtype).eps
-    concave = curvature < -eps * jnp.maximum(1e4, 100 * largest)
-    raise_if(
-        jnp.any(concave),
-        "loss must be convex in the outputs, but its second derivative there is"
-        " negative in some direction, by more than rounding: a Gauss-Newton matrix then"
-        " has no real factor. Use hutchinson().",
-    )
-    # Makes NaN where nothing could raise.
+    finite = jnp.where(jnp.isfinite(curvature), jnp.abs(curvature), 0)
+    concave = curvature < -eps * jnp.maximum(1e4, 100 * jnp.max(finite, initial=0))
     return jnp.where(concave, jnp.nan, jnp.sqrt(jnp.maximum(curvature, 0)))
 
 
@@ -153,8 +151,7 @@ def _softmax_product(outputs: Array, v: Array, _: Any) -> Array:
 
 def _takes_labels(loss: Any) -> bool:
     parameters = inspect.signature(loss).parameters.values()
-    required = [p for p in parameters if p.default is p.empty]
-    return len([p for p in required if p.kind < p.VAR_POSITIONAL]) > 1
+    return len([p for p in parameters if p.kind < p.VAR_POSITIONAL]) > 1
 
 
 def _name(kind: str, loss: Any, name: str | None) -> str:

@@ -262,6 +262,8 @@ def soap(
 def _pair(betas: Any) -> Any:
     is_pair = isinstance(betas, tuple | list) and len(betas) == 2
     require(is_pair, TypeError, "betas", "a pair of decay rates", betas)
+    for i, beta in enumerate(betas):
+        check_float(f"betas[{i}]", beta, 0.0, 1.0)
     return betas
 
 

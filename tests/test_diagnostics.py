@@ -126,3 +126,33 @@ def test_relative_error_of_independent_estimates():
     # The ratio's own bias is of the order of expected**2.
     np.testing.assert_allclose(np.mean(errors**2), expected, atol=expected**2)
     assert np.isinf(error(estimates[0], -estimates[0]))
+
+
+def test_the_last_estimate_of_parameters_that_are_averaged():
+    """Of each entry, those alone that were ever estimated."""
+
+    def fun(p):
+        return jnp.sum(jnp.abs(p["w"]) ** 1.5) + jnp.sum(p["conv"] ** 2)
+
+    params = {"w": jnp.array([0.0, 1.0, 4.0]), "conv": jnp.ones((3, 3, 2, 4))}
+    tx = ah.published.davda54(0.1, update_each=2, average_conv_kernel=True)
+    state = tx.init(params)
+    assert ah.diagnostics(state)["trace"] == 0
+    _, state = tx.update(jax.grad(fun)(params), state, params, obj_fn=fun)
+    exact = ah.hessian_diag(fun, params)  # infinite at 0
+    report = ah.diagnostics(state, previous_estimate=exact | {"w": 1.1 * exact["w"]})
+    np.testing.assert_allclose(report["trace"], exact["w"][1:].sum() + 2 * 72)
+    assert 0 < report["relative_error"] < 0.1
+
+
+def test_of_a_masked_optimizer():
+    """Trees of all parameters are looked at where they are its own."""
+    masked = optax.masked(
+        ah.adahessian(0.5, eps=0.0), {"w": True, "b": False, "n": False}
+    )
+    args = {"hessian_diag": DIAG}
+    updates, state = masked.update(PARAMS, masked.init(PARAMS), PARAMS, **args)
+    report = ah.diagnostics(state, updates=updates, estimate=DIAG)
+    np.testing.assert_allclose(report["trace"], 11)
+    assert "step_size/w/0.5" in report
+    assert not any("b/" in name for name in report)

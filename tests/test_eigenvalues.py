@@ -321,3 +321,37 @@ def test_products_on_a_network():
                 np.testing.assert_allclose(pair.values, exact, rtol=0.01)
                 assert pair.n_products <= most, i
         params = step(params)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1.0, 1e19, 1e30])
+def test_matrices_of_any_scale(scale):
+    """Squares of which may be beyond the dtype."""
+    h = jnp.diag(jnp.array([5.0, -4.0, 3.0])) * scale
+    found = ah.largest_eigenvalues(
+        lambda w: 0.5 * jnp.dot(w, jnp.dot(h, w)), jnp.zeros(3), k=2
+    )
+    np.testing.assert_allclose(found.values / scale, [5, -4], rtol=1e-3)
+
+
+def test_integers_as_a_preconditioner():
+    h, d = jnp.array([5.0, -4.0, 3.0]), jnp.array([1, 8, 1])
+    found = ah.largest_eigenvalues(
+        lambda w: jnp.sum(h * w**2) / 2, jnp.zeros(3), preconditioner=d, k=2
+    )
+    np.testing.assert_allclose(found.values, [5, 3], rtol=1e-4)
+
+
+def test_a_start_that_found_nothing():
+    """A batch whose curvature is not finite is forgotten."""
+
+    @jax.jit
+    def look(bad, start):
+        scale = jnp.where(bad, jnp.nan, 1.0)
+        h = jnp.array([5.0, 3.0, 1.0]) * scale
+        w = jnp.ones(3)
+        return ah.largest_eigenvalues(lambda w: jnp.sum(h * w**2), w, start=start)
+
+    first = ah.largest_eigenvalues(lambda w: jnp.sum(w**2), jnp.ones(3))
+    bad = look(True, first)
+    assert np.isnan(bad.values)
+    np.testing.assert_allclose(look(False, bad).values, 10, rtol=1e-4)

@@ -128,11 +128,6 @@ def in_vmap(estimator):
     return mapped(jnp.arange(2))
 
 
-def masked(**kwargs):
-    mask = {"w": True, "b": False}
-    return update(optax.masked(ADA, mask, mask_compatible_extra_args=True), **kwargs)
-
-
 # What is said, and by what call.
 # fmt: off
 VALUE_ERRORS = {
@@ -160,6 +155,9 @@ VALUE_ERRORS = {
     "labels of shape (4,) do not match outputs of": lambda: SQUARED(F[:, :1], ONES),
     "labels of shape (4, 1) do not match outputs of": lambda: SOFTMAX(F, Y[:, :1]),
     "that are not classes must add up to 1": lambda: SOFTMAX(F, Y),
+    "must be classes from 0 to 1": lambda: SOFTMAX(F, jnp.array([0, 1, -1, 0])),
+    "outputs must be known numbers: call check outside jax.jit":
+        lambda: jax.jit(lambda f: SQUARED.check(lambda f: f.sum(), f))(F),
     "labels must be given to losses.squared_error": lambda: SQUARED(F, None),
     "labels must be given to losses.of_row(": lambda: QUARTIC(F),
     "losses.of_row(<lambda>) takes labels of shape (4,)":
@@ -177,7 +175,8 @@ VALUE_ERRORS = {
         lambda: SQUARED.check(lambda f: jnp.sum(f**4), jnp.arange(3.0)),
     "or loss_fn has no finite curvature":
         lambda: SQUARED.check(lambda f: SQUARED(f, Y, where=Y[:, 0]), F, where=Y[:, 0]),
-    "has no finite": lambda: SQUARED.check(lambda f: SQUARED(f**2, Y), F * jnp.nan),
+    "network returned outputs that are NaN":
+        lambda: SQUARED.check(lambda f: SQUARED(f**2, Y), F * jnp.nan),
     "outputs and got no labels.": lambda: estimate(CONTROL, predict_fn=predict),
     "rank must not exceed the number of parameters, 5, got 6.":
         lambda: ah.hutchinson(control_variate=ah.low_rank_control(6)).init(W),
@@ -216,6 +215,8 @@ VALUE_ERRORS = {
     "an axis or more beside its channels":
         lambda: init_with_rule(ah.conv_spatial_average(stacked=lambda *_: 2), "conv"),
     "layout must say where the": lambda: init_with_rule(AVERAGE, "conv.weight"),
+    "got None for ['b']['c'] of":
+        lambda: ah.soap(0.1, stacked=lambda *_: None).init(W),
     "got 9 for ['b']['c'] of":
         lambda: ah.newton(0.1, SUM, stacked=lambda *_: 9).init(W),
     "block_average(axis=0, size=2)": lambda: init_with_rule(ah.block_average(0, 2)),
@@ -236,6 +237,18 @@ TYPE_ERRORS = {
     "predict_fn must be a callable": lambda: estimate(GN, predict_fn=W["w"]),
     "or a tuple (outputs, where), got {'b'": lambda: gauss_newton(lambda p: p),
     "outputs must be floating point": lambda: SQUARED(jnp.arange(3), Y),
+    "outputs must be one array": lambda: SQUARED({"a": F}, Y),
+    "labels must be one array": lambda: QUARTIC(F, {"a": F}),
+    "labels must be integers": lambda: SOFTMAX(F, ONES),
+    "loss must return a scalar, got an array of shape (2,)":
+        lambda: L.of_row(lambda f: f**2)(F),
+    "is a raw PRNG key, or looks like one":
+        lambda: in_parts(jax.random.PRNGKey(0), 2),
+    "decay must be a number (in optax.inject_hyperparams": lambda: (
+        ah.low_rank_control(2, decay=jnp.array(0.5))
+    ),
+    "tangents['w'] has dtype complex64":
+        lambda: ah.hvp(loss, W, W | {"w": jnp.zeros(3, jnp.complex64)}),
     "losses.of_row(f) or of_element(f) for a": lambda: ah.newton(0.1, "l2"),
     "missing 1 required positional argument: 'loss'": lambda: ah.newton(SQUARED),
     "learning_rate must be a number, a": lambda: ah.newton(SQUARED, 0.1),
@@ -266,8 +279,6 @@ def test_message(error, message, call):
 # What messages advise, by a part of the advice; the call must end without NaN.
 # fmt: off
 WAYS_OUT = {
-    "mask_compatible_extra_args=True":
-        lambda: masked(hessian_diag=NO_C | {"b": optax.MaskedNode()}),
     "the estimator needs, predict_fn": lambda: update(TURNED, predict_fn=predict),
     "jax.vmap with that axis name": lambda: in_vmap(ah.hutchinson(axis_name="batch")),
     "hessian_ema='mean'": lambda: fused(ada(EMA, hessian_ema="mean")),
@@ -320,8 +331,9 @@ WAYS_OUT = {
     "pass updates= as well":
         lambda: diagnostics(clip_threshold=1.0, updates=W)["clipped_share"],
     "all groups of parameters": lambda: fused(groups(ah.hutchinson(), ah.hutchinson())),
-    "or pass the one that is meant":
-        lambda: fused(groups(HUTCHINSON, ah.hutchinson(2)), of=HUTCHINSON),
+    "or pass obj_fn and predict_fn to tx.update": lambda: update(
+        groups(HUTCHINSON, ah.hutchinson(2)), obj_fn=ah.unmasked(loss, W)
+    ),
     "function with the state that is given to update": lambda: two_steps(anew=True),
     "Give both the same estimator": lambda: fused(NEWTON, both, of=NEWTON),
     "the first call needs refresh=True or None":

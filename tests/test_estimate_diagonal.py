@@ -327,6 +327,13 @@ BAD = {
     "n_samples or rtol must be given": {"n_samples": None},
     "batches must be a list or a data loader": {"batches": iter(BATCHES)},
     "batches must be 1 or more, got 0": {"batches": []},
+    "batches must be a list or a data loader, to": {"batches": {"x": X}},
+    "one has weight, and none a negative": {
+        "fun": lambda p, batch: (loss_fn(p, batch), -1.0)
+    },
+    "weight must be what fun returns beside the loss": {
+        "fun": lambda p, batch: (loss_fn(p, batch), {"accuracy": 1.0})
+    },
     "fun must be of finite curvature": {
         "fun": lambda p, _: jnp.inf * p["a"].sum() ** 2
     },
@@ -344,7 +351,8 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_input(message):
-    kind = TypeError if "data loader" in message else ValueError
+    kinds = ("data loader", "fun returns")
+    kind = TypeError if any(x in message for x in kinds) else ValueError
     with pytest.raises(kind, match=message):
         ah.estimate_diagonal(**{**GIVEN, **BAD[message]})
 

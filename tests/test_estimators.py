@@ -363,6 +363,10 @@ def test_operations_without_a_forward_rule():
         update(predict_fn=lambda w, a=act: a(x @ w))[0] for act in (opaque, jnp.tanh)
     )
     np.testing.assert_allclose(*steps)
+    compiled = jax.jit(lambda: update(predict_fn=lambda w: opaque(x @ w))[0])()
+    np.testing.assert_allclose(
+        compiled, update(predict_fn=lambda w: jnp.tanh(x @ w))[0]
+    )
     of_row = losses.of_row(lambda f, y: jnp.sum(opaque(f - y) ** 2 + (f - y) ** 2))
     rows = jnp.asarray(RNG.normal(size=(3, 2))) / 9
     of_row.check(lambda f: of_row(f, 0 * rows), rows, 0 * rows)

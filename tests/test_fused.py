@@ -123,6 +123,20 @@ def test_each_part_has_its_rows_its_scalars_and_its_probes():
 # When it estimates, and where it finds by what --------------------------------------
 
 
+def test_of_as_many_keys_as_parts_each_gets_one():
+    tx, x = ah.adahessian(0.1), jnp.ones((4, 3))
+
+    def loss(w, x, key):
+        kept = jax.random.bernoulli(key, 0.5, w.shape)
+        return jnp.mean(jnp.dot(x, jnp.where(kept, w, 0)) ** 2)
+
+    w, keys = jnp.arange(1.0, 4.0), jax.random.split(jax.random.key(0), 2)
+    fused = ah.value_and_grad_with_curvature(loss, tx, microbatches=2)
+    value, grads, _ = fused(w, x, keys, state=tx.init(w))
+    expected = [jax.value_and_grad(loss)(w, x[:2], key) for key in keys]
+    close((value, grads), jax.tree.map(lambda a, b: (a + b) / 2, *expected))
+
+
 def test_there_is_a_condition_only_where_the_state_decides():
     tx = ah.scale_by_adahessian(update_interval=3, estimator=ah.gauss_newton(SOFTMAX))
     fused = ah.value_and_grad_with_curvature(loss_and_outputs, tx)

@@ -47,6 +47,14 @@ def log_cosh(f, y=0.0):
     return jnp.log(jnp.cosh(f - y))
 
 
+def log_cosh_of_0(f):
+    return log_cosh(f)
+
+
+def log_sum(row):
+    return jax.nn.logsumexp(row)
+
+
 def needing(f, y):
     return log_cosh(f, y)
 
@@ -61,9 +69,9 @@ CASES = {
     "squared": (losses.squared_error, REAL, lambda f: (f - REAL) ** 2),
     "l2": (losses.l2_loss, REAL, lambda f: (f - REAL) ** 2 / 2),
     "poisson": (losses.poisson_nll_loss, COUNTS, lambda f: np.exp(f) - COUNTS * f),
-    "row": (losses.of_row(jax.nn.logsumexp), None, lambda f: np.log(np.exp(f).sum(-1))),
+    "row": (losses.of_row(log_sum), None, lambda f: np.log(np.exp(f).sum(-1))),
     "row-labels": (losses.of_row(quartic), REAL, quartics),
-    "element": (losses.of_element(log_cosh), None, lambda f: np.log(np.cosh(f))),
+    "element": (losses.of_element(log_cosh_of_0), None, lambda f: np.log(np.cosh(f))),
     "element-labels": (losses.of_element(needing), REAL, lambda f: log_cosh(f, REAL)),
 }
 OPTIONS = {
@@ -178,7 +186,7 @@ def test_objects_compare_print_and_hash():
     assert repr(losses.of_row(quartic)) == "losses.of_row(quartic)"
     assert repr(losses.of_element(needing, "mine")) == "losses.of_element(mine)"
     assert losses.of_row(quartic).needs_labels
-    assert not losses.of_element(log_cosh).needs_labels  # its label has a default
+    assert losses.of_element(log_cosh).needs_labels  # with a default, too
 
 
 F1 = np.ones((4, 2))
@@ -212,8 +220,8 @@ def test_a_concave_function_is_refused():
     for make in (losses.of_row, losses.of_element):
         loss = make(lambda f: -jnp.sum(f**2))
         with pytest.raises(ValueError, match="loss must be convex in the outputs"):
-            loss.factor(jnp.asarray(F1), jnp.ones_like(F1), None)
-        compiled = jax.jit(lambda f, loss=loss: loss.factor(f, f, None))(F1)
+            loss.at(jnp.asarray(F1), None).root(jnp.ones_like(F1))
+        compiled = jax.jit(lambda f, loss=loss: loss.at(f, None).root(f))(F1)
         assert np.all(np.isnan(compiled))  # where nothing could raise
 
 
@@ -240,11 +248,54 @@ def test_a_singular_curvature_is_convex_at_any_scale(scale):
     """An eigenvalue of zero is rounded to one below; a concave one is no rounding."""
     f = jnp.asarray(RNG.normal(size=(50, 7)))
     for curvature in (1.0, -1e-3):
-        loss = losses.of_row(
-            lambda row, c=curvature: scale * (jnp.sum(row) ** 2 + c * row[0] ** 2)
-        )
+
+        def of_row(row, *, c=curvature):
+            return scale * (jnp.sum(row) ** 2 + c * row[0] ** 2)
+
+        here = losses.of_row(of_row).at(f, None)
         if curvature > 0:
-            assert np.all(np.isfinite(loss.factor(f, jnp.ones_like(f), None)))
+            assert np.all(np.isfinite(here.root(jnp.ones_like(f))))
             continue
         with pytest.raises(ValueError, match="must be convex"):
-            loss.factor(f, jnp.ones_like(f), None)
+            here.root(jnp.ones_like(f))
+
+
+def test_a_loss_passes_its_own_check_in_half_precision():
+    f = jnp.asarray(RNG.normal(size=(99, 5)), jnp.bfloat16)
+    for loss, labels in ((SOFTMAX, np.zeros(99, int)), (losses.l2_loss, f)):
+        loss.check(lambda f, x=(loss, labels): x[0](f, x[1]), f)
+
+
+def test_classes_that_there_are_not():
+    """Where nothing can raise they make the loss NaN; -1 is not the last class."""
+    labels = jnp.asarray(CLASSES)
+    for bad in (-1, 2):
+        value = jax.jit(lambda y: SOFTMAX(F, y))(labels.at[0, 0].set(bad))
+        assert np.isnan(value)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e6])
+def test_a_convex_loss_of_any_scale_is_no_other(scale):
+    """Nearly certain elements are rounded to below zero."""
+    f = np.linspace(-20, 20, 401, dtype=np.float32)
+    loss = losses.of_element(lambda f: scale * log_cosh(f))
+    root = loss.replace(reduction="sum").at(jnp.asarray(f), None).root(jnp.ones_like(f))
+    exact = scale * np.cosh(np.float64(f)) ** -2
+    np.testing.assert_allclose(root**2, exact, atol=2e-6 * max(scale, 1))
+
+
+def test_padding_may_be_concave_and_outputs_there_nan():
+    """Outside jit too, where errors are raised."""
+    loss = losses.of_element(lambda f, y: y * jnp.exp(-f) + f)
+    y, mask = jnp.array([1.0, 2.0, -1.0]), jnp.array([1, 1, 0])
+    estimator, w = ah.gauss_newton(loss), jnp.zeros(3)
+
+    def padded(w):
+        return jnp.where(mask > 0, w, jnp.nan), mask
+
+    for predict in (lambda w: (w, mask), padded):
+        given = {"predict_fn": predict, "labels": y}
+        d, _ = estimator.update(None, estimator.init(w), w, **given)
+        np.testing.assert_allclose(d, [0.5, 1.0, 0.0], rtol=1e-6)
+    with pytest.raises(ValueError, match="returned outputs that are NaN"):
+        losses.l2_loss.at(jnp.array([1.0, jnp.nan]), None)

@@ -548,6 +548,24 @@ def test_no_curvature_along_the_updates_is_a_rate_of_zero_and_integers_stay():
     close(got, {"w": np.zeros(2), "n": 3})
 
 
+@pytest.mark.parametrize("name", ["soap", "zack_dugue"])
+def test_integers_do_not_decay(name):
+    tx = getattr(ah.published, name)(0.1, **{"wd": 0.1} if name == "zack_dugue" else {})
+    params = {"w": jnp.ones((3, 2)), "n": jnp.int32(100)}
+    state = tx.init(params)
+
+    def loss_fn(p):
+        return jnp.sum(p["w"] ** 2) * p["n"]
+
+    with jax.numpy_dtype_promotion("standard"):  # for the derivative in an integer
+        for _ in range(3):
+            grads = jax.grad(loss_fn, allow_int=True)(params)
+            updates, state = tx.update(grads, state, params, obj_fn=loss_fn)
+            params = optax.apply_updates(params, updates)
+    assert params["n"] == 100
+    assert params["w"].max() < 1
+
+
 def test_states_are_those_that_are_documented():
     first, *_ = ah.newton(None, SOFTMAX).init({"w": jnp.ones(2)})
     assert isinstance(first, ScaleByAdaHessianState)

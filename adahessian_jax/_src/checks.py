@@ -55,6 +55,13 @@ def check_float(
     require(above and value < below, ValueError, name, rule, value)
 
 
+def check_number(name: str, value: Any, low: float, below: float) -> None:
+    """Raise unless ``value`` is a Python number in ``[low, below)``, and no array."""
+    rule = "a number" + _static(name, value)
+    require(not isinstance(value, Array), TypeError, name, rule, value)
+    check_float(name, value, low, below)
+
+
 def check_float_dtype(name: str, dtype: Any) -> Any:
     """Return ``dtype`` in the precision that is enabled; raise unless a float."""
     if dtype is None:
@@ -186,8 +193,6 @@ def _other_structure(name: str, tree: Any, params: Any) -> str:
     return (
         f"{name} must have the same tree structure as params.{first} Got"
         f" {jax.tree.structure(tree)}, where params has {jax.tree.structure(params)}."
-        " Inside optax.masked or optax.partition, pass mask_compatible_extra_args=True"
-        " to the wrapper."
     )
 
 
@@ -214,6 +219,13 @@ def check_scalar(name: str, value: Any) -> Array:
             f"{name} must return a real floating-point loss, got dtype {value.dtype}."
         )
     return value
+
+
+def one_array(name: str, x: Any) -> Array:
+    """Return something as an array; raise TypeError if it is a tree of several."""
+    one = jax.tree_util.all_leaves([x]) or isinstance(x, list | tuple)
+    require(one, TypeError, name, "one array", x)
+    return jnp.asarray(x)
 
 
 def raise_if(wrong: Array, message: str) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from adahessian_jax._src.checks import raise_if
 from adahessian_jax._src.dtypes import wide
 
 
@@ -27,7 +28,14 @@ class CurvatureAt(NamedTuple):
 
     def root(self, signs: Array) -> Array:
         """Return a factor of the loss's Hessian times signs."""
-        return masked(self.factor(signs), self.weights) * jnp.sqrt(self.weights)
+        factor = masked(self.factor(signs), self.weights)
+        raise_if(
+            jnp.any(jnp.isnan(factor)),
+            "loss must be convex in the outputs, but its second derivative there is"
+            " negative in some direction, by more than rounding, or not a number: a"
+            " Gauss-Newton matrix then has no real factor. Use hutchinson().",
+        )
+        return factor * jnp.sqrt(self.weights)
 
     def times(self, v: Array) -> Array:
         """Return the loss's Hessian times what is zero in rows without weight."""

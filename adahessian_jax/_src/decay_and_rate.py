@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from adahessian_jax._src.checks import check_float, check_mask, check_params
-from adahessian_jax._src.dtypes import is_differentiable
+from adahessian_jax._src.dtypes import is_differentiable, map_floats
 from adahessian_jax._src.moving_average import is_static
 
 
@@ -21,8 +21,19 @@ def decoupled_weight_decay(
     decay = optax.add_decayed_weights(weight_decay, mask)
     if is_static(weight_decay, 0) and mask is None:
         decay = optax.identity()
-    # A parameter that is not floating point is frozen, and must not decay either.
-    return optax.masked(decay, lambda updates: jax.tree.map(is_differentiable, updates))
+
+    def of_floats(params: Any) -> optax.GradientTransformation:
+        """A parameter that is not floating point is frozen, and must not decay."""
+        check_params(params)
+        return optax.masked(decay, jax.tree.map(is_differentiable, params))
+
+    def init_fn(params: Any) -> optax.OptState:
+        return of_floats(params).init(params)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
+        return of_floats(params).update(updates, state, params)
+
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 def scale_by_rate(learning_rate: Any, name: str = "learning_rate") -> Any:
@@ -46,7 +57,7 @@ def decay_after_step(decay: Any, rate: Any) -> optax.GradientTransformation:
     ) -> tuple[optax.Updates, Any]:
         count, rate_state = state
         check_params(params)
-        stepped = jax.tree.map(lambda p, u: p + u, params, updates)
+        stepped = map_floats(jnp.add, params, updates)
         zeros = jax.tree.map(jnp.zeros_like, updates)
         decayed, _ = decay.update(zeros, decay.init(params), stepped)
         shrunk, rate_state = rate.update(decayed, rate_state, params)

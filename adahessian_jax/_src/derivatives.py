@@ -25,6 +25,7 @@ def value_grad_and_hvp(
     """
     check_mode(mode)
     checks.check_real("params", params)
+    checks.check_real("tangents", tangents)
     checks.check_like("tangents", tangents, params)
     floats, rebuild = split_differentiable(params)
     _, rebuild_fixed = split_differentiable(jax.tree.map(jnp.zeros_like, params))
@@ -142,17 +143,37 @@ def push_forward(function: Any, x: Floats, v: Floats) -> tuple[Any, Any, Any]:
     else:
         largest = None
     v = [b.astype(a.dtype) for a, b in zip(x, v, strict=True)]
-    try:
-        outputs, product, aux = jax.jvp(function, (x,), (v,), has_aux=True)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        # No rule for going forward: the transpose of the transposed Jacobian, then.
+    if _has_no_forward_rule(function, x):
+        # The transpose of the transposed Jacobian, then.
         outputs, pullback, aux = jax.vjp(function, x, has_aux=True)
         _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
         (product,) = transposed(v)
+    else:
+        outputs, product, aux = jax.jvp(function, (x,), (v,), has_aux=True)
     product = wide(product)
     return outputs, aux, product if largest is None else largest * product
+
+
+def _has_no_forward_rule(function: Any, x: Floats) -> bool:
+    """Whether some step of a function has a rule for its transposed Jacobian alone.
+
+    Inside ``jit`` it can be evaluated, and fails when it is compiled.
+    """
+
+    def found(part: Any) -> bool:
+        if isinstance(part, tuple | list):
+            return any(map(found, part))
+        part = getattr(part, "jaxpr", part)
+        return any(map(lacks, getattr(part, "eqns", ())))
+
+    def lacks(step: Any) -> bool:
+        name = step.primitive.name
+        return "custom_vjp" in name or any(map(found, step.params.values()))
+
+    def arrays(x: Floats) -> list[Any]:
+        return [y for y in jax.tree.leaves(function(x)) if hasattr(y, "dtype")]
+
+    return found(jax.make_jaxpr(arrays)(x))
 
 
 _MODES = {

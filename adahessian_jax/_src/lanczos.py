@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adahessian_jax._src.derivatives import Floats, squared_norm
+from adahessian_jax._src.derivatives import Floats, normalized, squared_norm
 from adahessian_jax._src.meshes import is_sharded, sharded_like
 from adahessian_jax._src.xla import is_traced, while_loop
 
@@ -85,7 +85,7 @@ def lanczos(
 def _first(start: Floats, m: int) -> Krylov:
     # In this way a mesh of explicit axes cuts the basis as it does the vectors.
     empty = ((jnp.zeros_like(x)[None], (m, *x.shape)) for x in start)
-    norm = jnp.sqrt(squared_norm(start))
+    norm = _norm(start)
     return Krylov(
         [jnp.broadcast_to(*x) for x in empty],
         [x / norm for x in start],
@@ -107,11 +107,11 @@ def _extended(krylov: Krylov, image: Floats, key: Array) -> Krylov:
     # Nothing but rounding is left, or it is not a number: a random vector then.
     size = jnp.max(jnp.abs(jnp.stack([diagonal, beside])))
     least = 100 * jnp.finfo(size.dtype).eps * size
-    ends = ~(jnp.sqrt(squared_norm(image)) > least)
+    ends = ~(_norm(image) > least)
     fresh = random_vector(jax.random.fold_in(key, n), image)
     image = [jnp.where(ends, x, y) for x, y in zip(fresh, image, strict=True)]
     image = _outside(basis, _outside(basis, image))
-    norm = jnp.sqrt(squared_norm(image))
+    norm = _norm(image)
     beside = beside.at[n].set(jnp.where(ends, 0, norm))
     newest = [x / norm for x in image]
     return Krylov(basis, newest, diagonal, beside, n + 1, restarted | ends)
@@ -139,7 +139,10 @@ def _ritz(krylov: Krylov, k: int) -> tuple[Array, Array, Array]:
     there = jnp.arange(len(krylov.diagonal), dtype=krylov.n.dtype) < krylov.n
     inside = jnp.where(there[1:], krylov.beside[:-1], 0)
     t = jnp.diag(krylov.diagonal) + jnp.diag(inside, 1) + jnp.diag(inside, -1)
-    values, vectors = jnp.linalg.eigh(t)
+    size = jnp.max(jnp.abs(t))  # of any magnitude, with no square beyond its dtype
+    size = jnp.where(size > 0, size, 1)
+    values, vectors = jnp.linalg.eigh(t / size)
+    values *= size
     # Vectors that are still to come have value zero, and rank behind all others.
     share = jnp.sum(jnp.where(there[:, None], vectors**2, 0), axis=0)
     chosen = jnp.argsort(jnp.where(share > 0.5, -jnp.abs(values), 1))[:k]
@@ -158,6 +161,12 @@ def random_vector(key: Array, like: Floats) -> Floats:
     numbers = jax.random.uniform(key, (ends[-1],), like[0].dtype, -1, 1)
     parts = zip(jnp.split(numbers, ends[:-1]), like, strict=True)
     return sharded_like(like, [x.reshape(y.shape) for x, y in parts])
+
+
+def _norm(x: Floats) -> Array:
+    """Return the norm, where squares may be beyond the dtype."""
+    unit, largest = normalized(x)
+    return largest * jnp.sqrt(squared_norm(unit))
 
 
 def _outside(basis: Floats, vector: Floats) -> Floats:

@@ -17,7 +17,7 @@ from adahessian_jax._src.axes import (
     communicates,
     sum_over_axis,
 )
-from adahessian_jax._src.checks import check_callable, check_scalar, raise_if
+from adahessian_jax._src.checks import check_callable, check_scalar
 from adahessian_jax._src.derivatives import Floats, split_differentiable
 from adahessian_jax._src.dtypes import is_differentiable, wide
 from adahessian_jax._src.loss import Loss
@@ -79,7 +79,7 @@ def linearize(
         evaluate=evaluate,
         value=value,
         gradient=lambda: pullback((jnp.ones_like(loss), jnp.zeros_like(outputs)))[0],
-        outputs=_without_nan(name, outputs),
+        outputs=outputs,
         where=where,
         pullback=lambda s: pullback((jnp.zeros_like(loss), s.astype(outputs.dtype)))[0],
         as_params=rebuild_diag,
@@ -99,7 +99,7 @@ def push_forward(
         tangents,
     )
     check_replicas(outputs, floats, axis_name)
-    return _without_nan("predict_fn", outputs), where, tangent
+    return outputs, where, tangent
 
 
 def _explained(predict_fn: Any, params: Any) -> Callable[[Any], Any]:
@@ -122,11 +122,6 @@ def _outputs_and_where(name: str, result: Any) -> tuple[Array, Any]:
             f" (outputs, where), got {jax.tree.map(jnp.shape, result)}."
         )
     return outputs, where
-
-
-def _without_nan(name: str, outputs: Array) -> Array:
-    raise_if(jnp.any(jnp.isnan(outputs)), f"{name} returned outputs that are NaN.")
-    return outputs
 
 
 def gauss_newton_factor(

@@ -16,7 +16,9 @@ from adahessian_jax._src import checks
 from adahessian_jax._src.axes import AxisName, sum_over_axis
 from adahessian_jax._src.curvature_at import CurvatureAt, masked
 from adahessian_jax._src.dtypes import is_differentiable, wide
+from adahessian_jax._src.labels import checked_labels
 from adahessian_jax._src.meshes import replicated_beside
+from adahessian_jax._src.xla import is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +111,14 @@ class Loss:
           ValueError: if shapes do not fit.
           TypeError: if the outputs are not floating point.
         """
-        return self.part(jnp.asarray(outputs), labels, where)
+        return self.part(checks.one_array("outputs", outputs), labels, where)
 
     def part(
         self, outputs: Array, labels: Any, where: Any = None, axis_name: AxisName = None
     ) -> Array:
         """Return what a device adds to the loss of a batch that is split over some."""
         weights = self.row_weights(outputs, where, axis_name)
-        labels = self._checked_labels(outputs, labels, weights)
+        labels = checked_labels(self, outputs, labels, weights)
         losses = self.losses(masked(wide(outputs), weights), labels)
         losses = losses.reshape(*losses.shape, *[1] * (outputs.ndim - losses.ndim))
         return jnp.sum(masked(losses, weights) * weights)
@@ -208,12 +210,21 @@ the reduction, the weights or the loss.
         """
         checks.check_float("rtol", rtol, 0.0)
         checks.check_callable("loss_fn", loss_fn, "outputs -> loss")
+        checks.require(
+            not is_traced(outputs),
+            ValueError,
+            "outputs",
+            "known numbers: call check outside jax.jit, on a real batch",
+            outputs,
+        )
+        # In half precision Hessians differ by more than rtol from themselves.
+        outputs = wide(checks.one_array("outputs", outputs))
         outputs = replicated_beside(outputs, outputs)
         here = self.at(outputs, labels, where)
         normal = np.random.default_rng(0).normal(size=outputs.shape)
         v = jnp.asarray(normal, outputs.dtype)
         gradient = jax.grad(checks.objective("loss_fn", loss_fn), has_aux=True)
-        true = wide(jax.vjp(gradient, outputs, has_aux=True)[1](v)[0])
+        true = jax.vjp(gradient, outputs, has_aux=True)[1](v)[0]
         assumed = here.times(here.seen(v))
         size = float(jnp.vdot(assumed, assumed))
         factor = float(jnp.vdot(assumed, true)) / size if size else math.nan
@@ -248,43 +259,18 @@ the reduction, the weights or the loss.
             )
         weights = self.row_weights(outputs, where, axis_name)
         if self.needs_labels:
-            labels = self._checked_labels(outputs, labels, weights)
+            labels = checked_labels(self, outputs, labels, weights)
+        else:
+            labels = None
         outputs = masked(wide(outputs), weights)
+        nan = jnp.any(jnp.isnan(outputs))
+        checks.raise_if(nan, "The network returned outputs that are NaN.")
         return CurvatureAt(
             outputs,
             weights,
             factor=lambda signs: self.factor(outputs, signs, labels),
             product=lambda v: self.product(outputs, v, labels),
         )
-
-    def _checked_labels(self, outputs: Array, labels: Any, weights: Any) -> Any:
-        if labels is None:
-            if self.needs_labels or not self.name.startswith("of_"):
-                raise ValueError(f"labels must be given to {self!r}.")
-            return None
-        labels, whole, rows = jnp.asarray(labels), outputs.shape, outputs.shape[:-1]
-        by_row = self.kind == "row"  # labels with any axes of their own
-        if self.kind == "classes" and jnp.issubdtype(labels.dtype, jnp.integer):
-            by_row = labels.ndim < outputs.ndim
-        shape = labels.shape[: len(rows)] if self.kind == "row" else labels.shape
-        if shape != (rows if by_row else whole):
-            either = f"{rows}, classes, or {whole}"
-            expected = {"classes": either, "row": rows, "element": whole}[self.kind]
-            raise ValueError(
-                f"labels of shape {labels.shape} do not match outputs of shape {whole}:"
-                f" {self!r} takes labels of shape {expected}."
-            )
-        if by_row:
-            return labels
-        labels = labels.astype(wide(outputs).dtype)
-        if self.kind == "classes":
-            off = jnp.abs(jnp.sum(labels, -1, keepdims=True) - 1) > 1e-2
-            checks.raise_if(
-                jnp.any(off & (weights > 0)),
-                f"labels of {self!r} that are not classes must add up to 1 over the"
-                " classes, because its curvature is that of distributions.",
-            )
-        return labels
 
 
 def check_loss(loss: Any) -> None:

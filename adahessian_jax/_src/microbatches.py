@@ -31,6 +31,11 @@ def cut(tree: Any, microbatches: int) -> tuple[list[Any], Callable[[list[Any]], 
         )
     for (name, *rest), x in paths:
         shape = jnp.shape(x)
+        if shape == (2,) and x.dtype == jnp.uint32:
+            raise TypeError(
+                f"{name.key}{keystr(tuple(rest))} is a raw PRNG key, or looks like one,"
+                " and would be cut in two: pass a typed one, jax.random.key(0)."
+            )
         if shape and (shape[0] == 0 or shape[0] % microbatches):
             raise ValueError(
                 f"{name.key}{keystr(tuple(rest))} of shape {shape} cannot be cut along"
@@ -38,6 +43,9 @@ def cut(tree: Any, microbatches: int) -> tuple[list[Any], Callable[[list[Any]], 
             )
 
     def in_turns(x: Any) -> Array:
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if is_key and jnp.shape(x) == (microbatches,):
+            return x  # a key for each part, and not an array of one
         # So that of a batch cut over devices each one has its share of every part.
         rows = jnp.reshape(x, (-1, microbatches, *jnp.shape(x)[1:]))
         return jnp.moveaxis(rows, 1, 0)

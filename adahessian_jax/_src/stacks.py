@@ -22,13 +22,13 @@ def check_stacked(stacked: Any) -> None:
 
 def stack_ndim(stacked: Stacked | None, path: KeyPath, leaf: Any) -> int:
     """Return how many leading axes of a leaf are stacks."""
-    n = 0 if stacked is None else int(stacked(path, leaf))
-    if not 0 <= n <= jnp.ndim(leaf):
+    n = 0 if stacked is None else stacked(path, leaf)
+    if not isinstance(n, int) or not 0 <= n <= jnp.ndim(leaf):
         raise ValueError(
             "stacked must return how many leading axes are stacks of layers, got"
             f" {n} for {jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}."
         )
-    return n
+    return int(n)
 
 
 def over_layers(function: Callable[..., Any], n: int) -> Callable[..., Any]:

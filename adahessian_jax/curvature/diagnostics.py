@@ -11,7 +11,15 @@ from jax import Array
 from adahessian_jax._src import checks
 from adahessian_jax._src.curvature_state import find_state, nodes_of_type
 from adahessian_jax._src.derivatives import split_differentiable
-from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable
+from adahessian_jax._src.dtypes import (
+    accumulation_dtype,
+    is_differentiable,
+    map_floats,
+    never_estimated,
+    no_estimate,
+    wide,
+)
+from adahessian_jax._src.masking import mask_like
 from adahessian_jax._src.meshes import replicated_beside
 from adahessian_jax._src.orthogonal import rotate_tree
 from adahessian_jax.curvature.eigenvalues import Eigenpairs
@@ -113,24 +121,30 @@ def diagnostics(
             rule = "what largest_eigenvalues returned"
             checks.require(isinstance(pairs, Eigenpairs), TypeError, name, rule, pairs)
             report[name] = pairs.values[0]
+    updates, estimate, previous_estimate = (
+        x if x is None or isinstance(x, DiagonalEstimate) else mask_like(x, mu)
+        for x in (updates, estimate, previous_estimate)
+    )
     if isinstance(estimate, DiagonalEstimate):
         report["trace_standard_error"] = estimate.trace_standard_error
         report["relative_error"] = estimate.relative_error
         estimate = estimate.mean
-    if estimate is None:
-        estimate = inner.estimate
-    else:
+    if estimate is not None:
         checks.check_like("estimate", estimate, mu)
+    elif inner.estimate is not None:  # of the size that averaging leaves
+        estimate = map_floats(_as_parameter, inner.estimate, mu)
     rule = "None, for there is no estimate to compare it with: pass estimate= as well"
     alone = previous_estimate is not None and estimate is None
     checks.require(not alone, ValueError, "previous_estimate", rule, previous_estimate)
     if estimate is not None:
         a, size = _flat(estimate, inner.nu)
-        report["trace"] = jnp.sum(a)
+        known = ~never_estimated(a)
+        report["trace"] = jnp.sum(a, where=known)
         report["negative_share"] = jnp.sum(a < 0) / size
     if previous_estimate is not None:
         checks.check_like("previous_estimate", previous_estimate, estimate)
         b, _ = _flat(previous_estimate, inner.nu)
+        a, b = (jnp.where(known, x, 0) for x in (a, b))
         agreement = 2 * jnp.sum(a * b)
         ratio = jnp.sum((a - b) ** 2) / jnp.where(agreement > 0, agreement, 1)
         report["relative_error"] = jnp.where(agreement > 0, jnp.sqrt(ratio), jnp.inf)
@@ -151,6 +165,13 @@ def diagnostics(
         at_bound = jnp.abs(entries) >= clip_threshold * (1 - rounding)
         report["clipped_share"] = jnp.sum(at_bound) / size
     return report
+
+
+def _as_parameter(d: Array, p: Array) -> Array:
+    """Return an average of entries for each of them, in the dtype they are added in."""
+    mark = no_estimate(accumulation_dtype(d))
+    d = jnp.where(never_estimated(d), mark, wide(d))
+    return jnp.broadcast_to(d, p.shape)
 
 
 def _ratio(x: Array, y: Array) -> Array:

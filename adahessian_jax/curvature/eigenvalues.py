@@ -16,11 +16,13 @@ from adahessian_jax._src.derivatives import (
     Floats,
     check_mode,
     split_differentiable,
+    squared_norm,
     value_grad_and_hvp,
 )
 from adahessian_jax._src.dtypes import (
     accumulation_dtype,
     dtype_of,
+    is_differentiable,
     map_floats,
     never_estimated,
     wide,
@@ -155,8 +157,9 @@ def largest_eigenvalues(
         product = _between(_inverse_root(preconditioner, params), product)
     like = [jnp.zeros_like(x, accumulation_dtype(*floats)) for x in floats]
     key = as_key(seed)
-    first = random_vector(key, like) if start is None else _sum(start, params)
-    first = [x.astype(p.dtype) for x, p in zip(first, like, strict=True)]
+    first = random_vector(key, like)
+    if start is not None:
+        first = _sum(start, params, otherwise=first)
     values, vectors, residuals, n_products = lanczos(
         product,
         first,
@@ -212,6 +215,7 @@ def _inverse_root(preconditioner: Any, params: Any) -> Product:
         roots, bases = _of_optimizer(tx, state, params)
     else:
         checks.check_like("preconditioner", preconditioner, params)
+        preconditioner = jax.tree.map(_as_float, preconditioner, params)
         entries, _ = split_differentiable(preconditioner, params)
         bad = [jnp.any(~(d > 0)) for d in entries]
         checks.raise_if(
@@ -260,12 +264,22 @@ def _of_optimizer(tx: Any, state: Any, params: Any) -> Any:
     return map_floats(root, nu, shown), find_bases(inner, len(leaves))
 
 
-def _sum(start: Eigenpairs, params: Any) -> Floats:
-    """Return the sum of the vectors of an earlier call."""
+def _as_float(d: Any, p: Any) -> Any:
+    """Return entries that may be integers as what their parameter is divided by."""
+    kind = accumulation_dtype(d, p)
+    return jnp.asarray(d, kind) if is_differentiable(p) else d
+
+
+def _sum(start: Eigenpairs, params: Any, *, otherwise: Floats) -> Floats:
+    """Return the sum of the vectors of an earlier call, if it found some."""
     if not isinstance(start, Eigenpairs):
         raise TypeError(
             f"start must be what largest_eigenvalues returned, or None, got {start!r}."
         )
     vectors = jax.tree.map(lambda x: jnp.sum(x, 0), start.vectors)
     checks.check_like("start.vectors, summed,", vectors, params)
-    return split_differentiable(vectors, params)[0]
+    found = split_differentiable(vectors, params)[0]
+    size = squared_norm(found)
+    there = jnp.isfinite(size) & (size > 0)
+    pairs = zip(found, otherwise, strict=True)
+    return [jnp.where(there, x.astype(y.dtype), y) for x, y in pairs]

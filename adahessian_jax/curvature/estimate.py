@@ -3,7 +3,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -156,7 +156,8 @@ def estimate_diagonal(
         checks.check_int("n_samples", n_samples, 1)
     if rtol is not None:
         checks.check_float("rtol", rtol, 0.0, exclusive=True)
-    again = isinstance(batches, Iterable) and not isinstance(batches, Iterator)
+    once = isinstance(batches, Iterator | Mapping)
+    again = isinstance(batches, Iterable) and not once
     rule = "a list or a data loader, to go through again and again"
     checks.require(again, TypeError, "batches", rule, batches)
     estimate = _nothing(params, seed) if start is None else _copied(start, params)
@@ -212,6 +213,9 @@ def _sample_of(
         if loss is not None:
             return loss.total_weight(outputs, weight)
         if weight is not None:
+            rule = "what fun returns beside the loss, a number of rows or their weight"
+            is_one = jax.tree_util.all_leaves([weight]) and jnp.ndim(weight) == 0
+            checks.require(is_one, TypeError, "weight", rule, weight)
             return weight
         rows = {jnp.shape(x)[0] for x in jax.tree.leaves(batch) if jnp.ndim(x)}
         rule = "arrays of one first axis, its rows; or let fun return (loss, weight)"
@@ -238,6 +242,7 @@ def _sample_of(
             part = weight.astype(x.dtype) * d.astype(x.dtype)
             return x + jnp.where(weight > 0, part, 0)
 
+        weight = jnp.where(weight < 0, jnp.nan, weight)  # and is refused at the end
         return map_floats(add, partial, diag), total_weight + weight
 
     return weighted, reduction == "mean"
@@ -296,5 +301,6 @@ def _check_whole(estimate: DiagonalEstimate, seen: int) -> None:
     n = estimate.n_batches
     rule = f"{n or 1} or more" + ", as start was interrupted after" * (n > 0)
     checks.require(seen >= (n or 1), ValueError, "batches", rule, seen)
-    rule, weight = "rows of which one has weight", float(estimate.partial_weight)
+    rule = "rows of which one has weight, and none a negative one"
+    weight = float(estimate.partial_weight)
     checks.require(weight > 0, ValueError, "batches", rule, f"a weight of {weight}")

@@ -81,8 +81,11 @@ def plot(runs: dict[str, Run], path: Path, *, title: str) -> None:
         sizes.fill_between(steps, _above_0(low), _above_0(high), color=color, alpha=0.1)
     by_step.set(xlabel="steps", ylabel="loss (cross-entropy)")
     by_second.set(xlabel="seconds of training, without compilation")
-    sharpness.set(xlabel="steps", ylabel="sharpness (largest eigenvalue)", yscale="log")
-    sizes.set(xlabel="steps", ylabel="step of a unit of momentum", yscale="log")
+    sharpness.set(xlabel="steps", ylabel="sharpness (largest eigenvalue)")
+    sizes.set(xlabel="steps", ylabel="step of a unit of momentum")
+    for axes in (sharpness, sizes):  # after one step there may be nothing above 0
+        if any(np.isfinite(line.get_ydata()).any() for line in axes.lines):
+            axes.set_yscale("log")
     by_second.sharey(by_step)
     for axes in (by_step, by_second, sharpness, sizes):
         axes.grid(alpha=0.3)

@@ -120,7 +120,10 @@ def in_eigenbasis(
       <https://arxiv.org/abs/1806.03884>`_, 2018, for curvature in an eigenbasis
     """
     checks.check_choice("axes_from", axes_from, ("gradients", "factors"))
-    checks.check_float("decay", decay, 0.0, 1.0)
+    # Factors are seen in the pass over the network, which does not see the optimizer.
+    of_factors = axes_from == "factors"
+    check_decay = checks.check_number if of_factors else checks.check_float
+    check_decay("decay", decay, 0.0, 1.0)
     checks.check_int("turn_interval", turn_interval, 1, traceable=True)
     checks.check_int("max_dim", max_dim, 1)
     checks.check_int("n_vectors", n_vectors, 0)
@@ -129,7 +132,7 @@ def in_eigenbasis(
     if isinstance(inner.update, Estimator):
         inner = inner.update
     factor = getattr(inner, "factor", None)
-    if axes_from == "factors" and factor is None:
+    if of_factors and factor is None:
         raise ValueError(
             "estimator must be gauss_newton(loss) with n_samples=1 for"
             f" axes_from='factors': they are what it squares. Got {estimator!r}; or"
@@ -276,4 +279,4 @@ def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
 
 def _as(like: Any, tree: Any) -> Any:
     """Cast floating-point leaves to the dtypes of others."""
-    return dtypes.map_floats(lambda p, x: x.astype(p.dtype), like, tree)
+    return dtypes.map_floats(lambda p, x: x.astype(dtypes.dtype_of(p)), like, tree)

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from adahessian_jax._src.axes import axis_size, mean_over_axis
-from adahessian_jax._src.checks import check_float, check_int
+from adahessian_jax._src.checks import check_int, check_number
 from adahessian_jax._src.derivatives import Floats, split_differentiable, squared_norm
 from adahessian_jax._src.dtypes import accumulation_dtype
 from adahessian_jax.estimators.control_variates import ControlVariate, Product
@@ -36,7 +35,7 @@ class LowRankState(NamedTuple):
     squared_weight: Array
 
 
-def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
+def low_rank_control(rank: int, *, decay: float = 0.98) -> ControlVariate:
     r"""Use a low-rank approximation of the Hessian as control variate.
 
     The products :math:`y = H z` that Hutchinson's estimator computes anyway point to
@@ -98,7 +97,7 @@ def low_rank_control(rank: int, *, decay: ArrayLike = 0.98) -> ControlVariate:
       estimate; to spread that over training steps is our own construction
     """
     check_int("rank", rank, 1)
-    check_float("decay", decay, 0.0, 1.0)
+    check_number("decay", decay, 0.0, 1.0)
 
     def init_fn(params: optax.Params) -> LowRankState:
         floats, _ = split_differentiable(params)
