@@ -491,13 +491,13 @@ def test_a_state_made_by_jit_is_as_good(name, x64):
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", ["a", "-b", "ab"])
-def test_diagnostics_of_what_explicit_axes_cut(axes):
+def test_diagnostics_of_what_explicit_axes_cut(axes, x64):
     """And the check of a loss by one's own, at outputs that they cut."""
     kinds = (TYPES.Explicit,) * 2
     mesh = jax.make_mesh(
         (2, 2), ("a", "b"), devices=jax.devices()[:4], axis_types=kinds
     )
-    soap, whole = SOAPS["leading"], jax.tree.map(jnp.float32, SQUARE)
+    soap, whole = SOAPS["leading"], jax.tree.map(jnp.float64, SQUARE)
     with jax.set_mesh(mesh):
         spec = P(*(None if a == "-" else a for a in axes))
         cut = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P("a"))}

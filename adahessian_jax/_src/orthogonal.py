@@ -18,14 +18,17 @@ TURNING = jax.lax.Precision.HIGH
 
 
 class Reflectors(NamedTuple):
-    r"""An orthogonal matrix of which only the first columns matter.
+    r"""An orthogonal matrix of which only k columns matter.
 
     It is :math:`Q = I - U V^\top`, the product of k Householder reflections: 2 n k
-    numbers in place of n², and 4 n k operations for a vector in place of 2 n².
+    numbers in place of n², and 4 n k operations for a vector in place of 2 n². Rows
+    that are zero in those columns are those of the unit matrix.
 
     Attributes:
       left: U, shape (n, k), the product of V and an upper triangular matrix.
-      right: V, shape (n, k), lower trapezoidal with ones on the diagonal.
+      right: V, shape (n, k), with ones where a row is a pivot.
+      pivots: which columns those are, and rows, shape (1, k), int32; n for one that is
+        not known yet, and zero in U and V.
 
     References:
       Schreiber and Van Loan, `A Storage-Efficient WY Representation for Products of
@@ -34,58 +37,92 @@ class Reflectors(NamedTuple):
 
     left: Array
     right: Array
+    pivots: Array
 
 
 Orthogonal = Array | Reflectors
 
 
-def orthogonal_from_columns(columns: Array) -> Orthogonal:
-    """Return an orthogonal matrix whose first columns span those given, in order.
+def no_columns(n: int, k: int, dtype: Any) -> Reflectors:
+    """Return the unit matrix, of whose columns none is known to matter yet."""
+    u, v = (jnp.zeros((n, k), dtype) for _ in range(2))
+    return Reflectors(u, v, jnp.full((1, k), n, jnp.int32))
 
-    It is an array where all columns are given, and else as reflectors.
+
+def orthogonal_from_columns(
+    columns: Array, before: Orthogonal | None = None
+) -> Orthogonal:
+    """Return an orthogonal matrix of which some columns span those given, in order.
+
+    It is an array where all columns are given, and else as reflectors, with the pivots
+    that were known ``before``.
     """
     n, k = columns.shape
     if k == n:
         return jnp.linalg.qr(columns)[0]
+    start = (
+        before if isinstance(before, Reflectors) else no_columns(n, k, columns.dtype)
+    )
     nothing = jnp.zeros_like(columns)
-    carry = nothing, nothing, columns
-    (left, right, _), _ = jax.lax.scan(_reflect, carry, jnp.arange(k))
-    return Reflectors(left, right)
+    carry = nothing, nothing, columns, start.pivots[0]
+    # What is left of a column is rounding, and no direction, where it is less.
+    least = 100 * jnp.finfo(columns.dtype).eps * jnp.linalg.norm(columns, axis=0)
+    (left, right, _, pivots), _ = jax.lax.scan(_reflect, carry, (jnp.arange(k), least))
+    return Reflectors(left, right, pivots[None])
 
 
-def _reflect(carry: tuple[Array, Array, Array], j: Array) -> Any:
+def _reflect(carry: tuple[Array, Array, Array, Array], of_column: Any) -> Any:
     """Turn a column to its axis, by Householder's reflection I - tau v v^T.
 
-    On a TPU, ``jnp.linalg.qr`` of tall matrices takes minutes to compile.
+    The axis is that of the column's largest entry, unless it is known. On a TPU,
+    ``jnp.linalg.qr`` of tall matrices takes minutes to compile.
     """
-    left, right, columns = carry
-    rows = jnp.arange(len(columns))
-    x = jnp.where(rows >= j, columns[:, j], 0)
+    (left, right, columns, pivots), (j, least) = carry, of_column
+    n, k = columns.shape
+    rows = jnp.arange(n, dtype=pivots.dtype)
+    are_pivots = rows[:, None] == pivots[None]
+    done = jnp.any(are_pivots & (jnp.arange(k) < j)[None], axis=1)
+    x = jnp.where(done, 0, columns[:, j])
+    free = jnp.where(jnp.any(are_pivots, axis=1), -1, jnp.abs(x))
+    known = pivots[j] < n
+    p = jnp.where(known, pivots[j], jnp.argmax(free).astype(pivots.dtype))
+    at_p = x[p]
     length = jnp.sqrt(jnp.sum(jnp.square(x)))
-    opposite = jnp.where(x[j] < 0, -length, length)
-    pivot = x[j] + opposite
-    v = jnp.where(rows == j, 1, x / jnp.where(length > 0, pivot, 1)).astype(x.dtype)
-    tau = jnp.where(length > 0, pivot / jnp.where(length > 0, opposite, 1), 0)
+    there = (length > least) & (known | (at_p != 0))
+    opposite = jnp.where(at_p < 0, -length, length)
+    pivot = at_p + opposite
+    v = jnp.where(rows == p, 1, x / jnp.where(there, pivot, 1)).astype(x.dtype)
+    v = jnp.where(there, v, 0)
+    tau = jnp.where(there, pivot / jnp.where(there, opposite, 1), 0)
     dot = functools.partial(jnp.dot, precision=PRECISION)
     columns = columns - tau * jnp.outer(v, dot(v, columns))
     u = tau * (v - dot(left, dot(v, right)))
-    return (left.at[:, j].set(u), right.at[:, j].set(v), columns), None
+    pivots = pivots.at[j].set(jnp.where(there, p, n).astype(pivots.dtype))
+    return (left.at[:, j].set(u), right.at[:, j].set(v), columns, pivots), None
 
 
 def first_columns(q: Orthogonal) -> Array:
-    """Return the columns that a matrix was made from, orthonormal, shape (n, k)."""
+    """Return the columns that a matrix was made from, orthonormal, shape (n, k).
+
+    Those that are not known yet are zero.
+    """
     if not isinstance(q, Reflectors):
         return q
-    u, v = q
-    n, k = v.shape
-    return jnp.eye(n, k, dtype=v.dtype) - jnp.dot(u, v[:k].T, precision=PRECISION)
+    u, v, pivots = q
+    units = (jnp.arange(len(v), dtype=pivots.dtype)[:, None] == pivots).astype(v.dtype)
+    return units - jnp.dot(u, at_pivots(v, q, 0).T, precision=PRECISION)
+
+
+def at_pivots(x: Array, q: Reflectors, axis: int) -> Array:
+    """Return a tensor at the pivots along one axis, 0 where there is none yet."""
+    return jnp.take(x, q.pivots[0], axis, mode="fill", fill_value=0)
 
 
 def multiply_along(q: Orthogonal, x: Array, axis: int, *, transpose: bool) -> Array:
     """Multiply a tensor by a matrix, or by its transpose, along one axis."""
     if not isinstance(q, Reflectors):
         return _along(q.T if transpose else q, x, axis)
-    u, v = reversed(q) if transpose else q
+    u, v = (q.right, q.left) if transpose else (q.left, q.right)
     return x.astype(u.dtype) - _along(u, _along(v.T, x, axis), axis)
 
 
@@ -99,7 +136,7 @@ def _along(matrix: Array, x: Array, axis: int) -> Array:
 
 def _multiply_both(bases: Any, x: Array, *, transpose: bool) -> Array:
     """Multiply a matrix along both axes by one product of rank 2 k, not two of k."""
-    (u, v), (a, b) = (reversed(q) if transpose else q for q in bases)
+    (u, v), (a, b) = ((q.right, q.left) if transpose else q[:2] for q in bases)
     dot, x = functools.partial(jnp.dot, precision=TURNING), x.astype(u.dtype)
     left = dot(v.T, x)
     right = dot(x, b) - dot(u, dot(left, b))

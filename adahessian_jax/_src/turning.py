@@ -18,9 +18,11 @@ from adahessian_jax._src.orthogonal import (
     Bases,
     Orthogonal,
     Reflectors,
+    at_pivots,
     first_columns,
     layers_ndim,
     multiply_along,
+    no_columns,
     orthogonal_from_columns,
 )
 from adahessian_jax._src.stacks import over_layers
@@ -34,10 +36,7 @@ def first_basis(n: int, max_dim: int, n_vectors: int, dtype: Any) -> Orthogonal 
         return jnp.eye(n, dtype=dtype)
     if n <= max_dim or n_vectors == 0:
         return None
-    # Cosines: unlike an entry's own axis, none is without curvature where pixels at
-    # the edge of every image are black, and would stay so.
-    i, j = jnp.arange(n, dtype=dtype), jnp.arange(n_vectors, dtype=dtype)
-    return orthogonal_from_columns(jnp.cos(jnp.pi / n * jnp.outer(i + 0.5, j)))
+    return no_columns(n, n_vectors, dtype)
 
 
 def first_traces(bases: Any) -> Any:
@@ -49,54 +48,92 @@ def first_traces(bases: Any) -> Any:
     )
 
 
-def averaged(decay: ArrayLike, x: Array, rotated: Array, traces: Traces) -> Traces:
+def averaged(
+    decay: ArrayLike, x: Array, rotated: Array, traces: Traces, bases: Bases
+) -> Traces:
     """Average in a tensor's product with itself over all axes but each, if finite.
 
-    Where only the first columns are kept, those of the ``rotated`` tensor's.
+    Where only some columns are kept, those of the ``rotated`` tensor's.
     """
     if all(trace is None for trace in traces):
         return traces
 
-    def of_layer(x: Array, rotated: Array, traces: Traces) -> Traces:
-        def one(axis: int, trace: Any) -> Array | None:
+    def of_layer(x: Array, rotated: Array, traces: Traces, bases: Bases) -> Traces:
+        def one(axis: int, trace: Any, q: Any) -> Array | None:
             if trace is None:
                 return None
-            n, k = trace.shape
-            new = _partial_trace(rotated if k < n else x, axis, k).astype(trace.dtype)
+            if isinstance(q, Reflectors):
+                new = _partial_trace(rotated, at_pivots(rotated, q, axis), axis)
+            else:
+                new = _partial_trace(x, x, axis)
             finite = jnp.all(jnp.isfinite(new))
-            return jnp.where(finite, ema(decay, new, trace), trace)
+            return jnp.where(finite, ema(decay, new.astype(trace.dtype), trace), trace)
 
-        return tuple(map(one, range(x.ndim), traces))
+        return tuple(map(one, range(x.ndim), traces, bases))
 
     n = layers_ndim(traces)
     of_layers = as_if_automatic(over_layers(of_layer, n), replicate=True)
-    rest = of_layers(x, rotated, traces[n:])
+    rest = of_layers(x, rotated, traces[n:], bases[n:])
     return (*[None] * n, *rest)
 
 
-def _partial_trace(x: Array, axis: int, k: int) -> Array:
-    """Return the first k columns of a tensor's product with itself."""
-    x = x.astype(accumulation_dtype(x))
-    first = jax.lax.slice_in_dim(x, 0, k, axis=axis)
+def first_seen(x: Array, traces: Traces, bases: Bases) -> Traces:
+    """Return what vectors that are not known yet begin with: some of a tensor's own.
+
+    Where all that it has is zero, so are these, and a vector stays there.
+    """
+
+    def of_layer(x: Array, traces: Traces, bases: Bases) -> Traces:
+        def one(axis: int, trace: Any, q: Any) -> Array | None:
+            if trace is None or not _is_leading(q):
+                return trace
+            new = _some_vectors(x, axis, trace.shape[1]).astype(trace.dtype)
+            return jnp.where(jnp.all(jnp.isfinite(new)), new, 0)
+
+        return tuple(map(one, range(x.ndim), traces, bases))
+
+    if not any(map(_is_leading, bases)):
+        return traces
+    n = layers_ndim(traces)
+    of_layers = as_if_automatic(over_layers(of_layer, n), replicate=True)
+    return (*[None] * n, *of_layers(x, traces[n:], bases[n:]))
+
+
+def _some_vectors(x: Array, axis: int, k: int) -> Array:
+    """Return k of a tensor's vectors along an axis, along the longest other one."""
+    if x.ndim == 1:
+        return jnp.tile(x[:, None], k)
+    other = max((a for a in range(x.ndim) if a != axis), key=lambda a: x.shape[a])
+    few = [slice(0, 1)] * x.ndim
+    few[axis], few[other] = slice(None), slice(0, k)
+    vectors = jnp.moveaxis(x[tuple(few)], axis, 0).reshape(x.shape[axis], -1)
+    return jnp.tile(vectors, -(-k // vectors.shape[1]))[:, :k]
+
+
+def _partial_trace(x: Array, first: Array, axis: int) -> Array:
+    """Return a tensor's product with what it has in some places along an axis."""
+    x, first = (y.astype(accumulation_dtype(y)) for y in (x, first))
     others = [a for a in range(x.ndim) if a != axis]
     if axis == x.ndim - 1:  # on CPU three times as fast as the other way round
         return jnp.tensordot(first, x, (others, others), precision=TURNING).T
     return jnp.tensordot(x, first, (others, others), precision=TURNING)
 
 
-def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
+def turned(traces: Any, bases: Any, first: Any) -> tuple[Any, Any]:
     """Turn bases towards the eigenvectors, by one step of orthogonal iteration.
 
-    Those of one size are turned together, whatever tensor they belong to.
+    Those of one size are turned together, whatever tensor they belong to. ``first`` is
+    what :func:`first_seen` returned.
     """
     flat, of_traces = jax.tree.flatten(traces)
+    begun = jax.tree.leaves(first)
     old, of_bases = jax.tree.flatten(bases, is_leaf=_is_leading)
     new: list[Any] = [None] * len(flat)
     groups: dict[Any, list[int]] = {}
     for i, trace in enumerate(flat):
         groups.setdefault((trace.shape[-2:], trace.dtype), []).append(i)
     for group in groups.values():
-        members = [(flat[i], old[i]) for i in group]
+        members = [(flat[i], old[i], begun[i]) for i in group]
         together = jax.tree.map(
             lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in xs]),
             *members,
@@ -114,25 +151,32 @@ def turned(traces: Any, bases: Any) -> tuple[Any, Any]:
     return unflatten(of_traces, new_traces), unflatten(of_bases, new_bases)
 
 
-def _turned(trace: Array, q: Orthogonal) -> tuple[Array, Orthogonal]:
+def _turned(trace: Array, q: Orthogonal, first: Array) -> tuple[Array, Orthogonal]:
     """Turn one basis, and what its leading vectors see."""
     columns = first_columns(q)
-    if leading := _is_leading(q):
+    if leading := isinstance(q, Reflectors):
         product = multiply_along(q, trace, 0, transpose=False)
+        relative = jnp.where(
+            q.pivots < len(trace), _relative(product), _relative(first)
+        )
     else:
         product = jnp.dot(trace, columns, precision=PRECISION)
-    largest = jnp.max(jnp.abs(product))
-    relative = product / jnp.where(largest > 0, largest, 1)
+        relative = _relative(product)
     # The second term keeps vectors without curvature where they are, well above the
     # rounding errors of the first.
     kept = float(jnp.finfo(product.dtype).eps) ** 0.5
-    new = orthogonal_from_columns(relative + kept * columns)
+    new = orthogonal_from_columns(relative + kept * columns, q)
     if leading:
         # What the trace does outside of the vectors is forgotten, little by little.
         overlap = jnp.dot(columns.T, first_columns(new), precision=PRECISION)
         product = jnp.dot(product, overlap, precision=PRECISION)
         trace = multiply_along(new, product, 0, transpose=True)
     return trace, new
+
+
+def _relative(x: Array) -> Array:
+    largest = jnp.max(jnp.abs(x))
+    return x / jnp.where(largest > 0, largest, 1)
 
 
 def carried(v: Array, old: Bases, new: Bases) -> Array:

@@ -61,8 +61,9 @@ def in_eigenbasis(
     where :math:`\rho` is ``decay``, by steps of orthogonal iteration, :math:`Q
     \leftarrow \mathrm{qr}(L Q)`. Tensors of any order have such a partial trace for
     each axis. For an axis longer than ``max_dim`` the basis follows the leading
-    eigenvectors and leaves the rest nearly as it is. Estimates are made in bases of
-    earlier gradients; when these turn, the average of curvature is taken along.
+    eigenvectors and leaves the rest nearly as it is; entries that never have a gradient
+    it leaves exactly so. Estimates are made in bases of earlier gradients; when these
+    turn, the average of curvature is taken along.
 
     With :func:`adahessian_jax.gauss_newton` and one sample, or
     :func:`adahessian_jax.squared_gradient`, the estimate is the square of the turned
@@ -231,12 +232,14 @@ class _InEigenbasis(Estimator):
             return averages, state
         if self.axes_from == "gradients":
             state = self._seen(state, updates, turned)
+        seen = zip(jax.tree.leaves(updates), state.traces, state.bases, strict=True)
+        first = tuple(turning.first_seen(*x) for x in seen)
         k = self.turn_interval
         due = (count < k) | (count % k == k - 1)
 
         def turn(x: Any) -> Any:
             (mu, nu), old, traces = x
-            traces, new = turning.turned(traces, old)
+            traces, new = turning.turned(traces, old, first)
             mu = _as(mu, rotate_tree(rotate_tree(mu, old, back=True), new))
             leaves = zip(*map(jax.tree.leaves, (mu, nu)), old, new, strict=True)
             carried = [
@@ -256,8 +259,9 @@ class _InEigenbasis(Estimator):
 
     def _seen(self, state: EigenbasisState, tree: Any, turned: Any) -> EigenbasisState:
         """Average in what axes come from."""
-        pairs = zip(*map(jax.tree.leaves, (tree, turned)), state.traces, strict=True)
-        traces = tuple(turning.averaged(self.decay, *x) for x in pairs)
+        trees = map(jax.tree.leaves, (tree, turned))
+        parts = zip(*trees, state.traces, state.bases, strict=True)
+        traces = tuple(turning.averaged(self.decay, *x) for x in parts)
         return state._replace(traces=traces)
 
     def _first_bases(self, path: Any, leaf: Any) -> Bases:

@@ -135,7 +135,7 @@ def scale_by_soap(
         rescaled = [rescale(*x) for x in each]
         steps, mu, nu = (tuple(x[i] for x in rescaled) for i in range(3))
         memory = b2 if decay is None else decay
-        seen = zip(leaves, leaves, state.grams, strict=True)
+        seen = zip(leaves, leaves, state.grams, state.bases, strict=True)
         grams = tuple(averaged(memory, *x) for x in seen)
 
         def start(nu_and_bases: Any) -> Any:

@@ -13,7 +13,6 @@ from benchmarks.training.contenders import (
     gauss_newton,
     gaussian,
     newton,
-    own_rate,
     plain,
     soap,
     zack_dugue,
@@ -62,9 +61,6 @@ VARIANTS: dict[str, Contender] = {
     "newton, axes of factors": _newton(axes={"axes_from": "factors", "decay": 0.98}),
     "newton, own axes": _newton(axes=None),
     "newton, square root": _newton(axes={}, hessian_power=0.5, clip_threshold=None),
-    "newton, own rate and momentum, turned on every step": own_rate(
-        whole=True, update_interval=10, clip_threshold=1.0, turn_interval=1
-    ),
     "soap, b1=0.9, no lookahead": Contender(plain(_soap_without_lookahead)),
     "soap, b1=0.9": soap(b1=0.9),
     "soap, b2=0.99": soap(b2=0.99),
