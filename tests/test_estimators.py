@@ -540,18 +540,27 @@ def test_few_vectors_are_the_leading_eigenvectors(scale, axes_from):
     np.testing.assert_array_equal(dense(long)[:4], unit)
 
 
-@pytest.mark.parametrize("name", ["soap", "newton", "newton(None)"])
-def test_rows_that_never_have_a_gradient_stay(name):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["soap", "newton", "newton(None)", "factors"])
+def test_rows_that_never_have_a_gradient_stay(name, dtype):
     """As those of words that a text has not, also the first ones; others train."""
     words, labels = jnp.array([[9, 20, 9, 33]]).repeat(8, 0), jnp.arange(8) % 3
     keys = jax.random.split(jax.random.key(0), 2)
     params = {"table": jax.random.normal(keys[0], (100, 6))}
     params["out"] = jax.random.normal(keys[1], (6, 3))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     loss = losses.softmax_cross_entropy
     tx = {
         "soap": ah.soap(0.01),
         "newton": ah.newton(0.01, loss),
         "newton(None)": ah.newton(None, loss),
+        "factors": ah.adahessian(
+            0.01,
+            b2=0.9,
+            hessian_ema="mean",
+            clip_threshold=0.3,
+            estimator=ah.in_eigenbasis(ah.gauss_newton(loss), axes_from="factors"),
+        ),
     }[name]
 
     def predict_fn(p):

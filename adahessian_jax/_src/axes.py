@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
+from adahessian_jax._src.jaxprs import takes_step
 
 AxisName = str | tuple[str, ...] | None
 
@@ -39,22 +40,12 @@ def communicates(fun: Callable[[Any], Any], params: Any, axis_name: AxisName) ->
         return False
     names = {axis_name} if isinstance(axis_name, str) else set(axis_name)
 
-    def found(part: Any) -> bool:
-        if isinstance(part, tuple | list):
-            return any(map(found, part))
-        part = getattr(part, "jaxpr", part)
-        return any(map(exchanges, getattr(part, "eqns", ())))
-
     def exchanges(step: Any) -> bool:
         axes = step.params.get("axes", step.params.get("axis_name", ()))
         axes = axes if isinstance(axes, tuple) else (axes,)
-        between = step.primitive.name not in _LOCAL and not names.isdisjoint(axes)
-        return between or any(map(found, step.params.values()))
+        return step.primitive.name not in _LOCAL and not names.isdisjoint(axes)
 
-    def arrays(params: Any) -> list[Any]:  # of auxiliary values some may be none
-        return [x for x in jax.tree.leaves(fun(params)) if hasattr(x, "dtype")]
-
-    return found(jax.make_jaxpr(arrays)(params))
+    return takes_step(fun, params, exchanges)
 
 
 _LOCAL = ("axis_index", "pvary", "pcast")

@@ -2,6 +2,7 @@
 """Argument checks: every message names the argument, the rule and what was given."""
 
 import difflib
+import warnings
 from collections.abc import Callable, Iterable
 from numbers import Number, Real
 from typing import Any
@@ -14,6 +15,7 @@ from jax.experimental import checkify
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from adahessian_jax._src.dtypes import dtype_of, is_differentiable
+from adahessian_jax._src.xla import is_traced
 
 
 def require(ok: Any, error: type[Exception], name: str, rule: str, got: Any) -> None:
@@ -240,6 +242,21 @@ def raise_if(wrong: Array, message: str) -> None:
             checkify.debug_check(~wrong, message)
     elif wrong:
         raise ValueError(message)
+
+
+def warn_if_flat(diag: Any, updates: Any) -> None:
+    """Warn, as far as values can be seen, of gradients without curvature."""
+    pairs = zip(tree_leaves_with_path(diag), jax.tree.leaves(updates), strict=True)
+    for (path, d), g in pairs:
+        if is_differentiable(d) and d.size and not is_traced((d, g)):
+            flat = ~jnp.any(d) & jnp.any(g)
+            if not isinstance(flat, jax.core.Tracer) and flat:
+                warnings.warn(
+                    f"The curvature of params{keystr(path)} is zero and its gradient is"
+                    " not: its step is divided by eps alone. Set clip_threshold,"
+                    " or take the curvature of the outputs by ah.gauss_newton(loss).",
+                    stacklevel=7,
+                )
 
 
 def _is_scalar_array(value: Any, kind: Any) -> bool:

@@ -2,7 +2,6 @@
 """When curvature is estimated, and how estimates enter their moving average."""
 
 import dataclasses
-import warnings
 import zlib
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.tree_util import keystr, tree_leaves_with_path
 from jax.typing import ArrayLike
 
 from adahessian_jax._src import axes, checks, curvature_state
@@ -27,7 +25,7 @@ from adahessian_jax._src.dtypes import (
 from adahessian_jax._src.estimator import Curvature, Estimator, as_estimator, declare
 from adahessian_jax._src.masking import mask_like
 from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias, is_static
-from adahessian_jax._src.xla import cond, is_traced
+from adahessian_jax._src.xla import cond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +157,7 @@ class CurvatureAverage:
             diag = mask_like(diag, params)
             checks.check_like(name, diag, params)
             axes.check_replicas(diag, params)
-            _warn_if_flat(diag, updates)
+            checks.warn_if_flat(diag, updates)
             diag = average(self.averaging, jax.tree.map(_as_estimate, diag, state.nu))
             usable = jax.tree.map(self._is_usable, diag, state.nu)
             nonfinite = _saturating_sum(state.nonfinite, usable)
@@ -282,21 +280,6 @@ def _as_estimate(d: Any, v: Array) -> Array:
     if not is_differentiable(v):
         return d
     return d.astype(accumulation_dtype(d if is_differentiable(d) else v))
-
-
-def _warn_if_flat(diag: optax.Updates, updates: optax.Updates) -> None:
-    """Warn, as far as values can be seen, of gradients without curvature."""
-    pairs = zip(tree_leaves_with_path(diag), jax.tree.leaves(updates), strict=True)
-    for (path, d), g in pairs:
-        if is_differentiable(d) and d.size and not is_traced((d, g)):
-            flat = ~jnp.any(d) & jnp.any(g)
-            if not isinstance(flat, jax.core.Tracer) and flat:
-                warnings.warn(
-                    f"The curvature of params{keystr(path)} is zero and its gradient is"
-                    " not: its step is divided by eps alone. Set clip_threshold,"
-                    " or take the curvature of the outputs by ah.gauss_newton(loss).",
-                    stacklevel=7,
-                )
 
 
 def _saturating_sum(total: Array, usable: optax.Updates) -> Array:

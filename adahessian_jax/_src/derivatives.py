@@ -11,6 +11,7 @@ from jax import Array
 
 from adahessian_jax._src import checks
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, wide
+from adahessian_jax._src.jaxprs import takes_step
 
 Floats = list[Array]
 
@@ -159,21 +160,7 @@ def _has_no_forward_rule(function: Any, x: Floats) -> bool:
 
     Inside ``jit`` it can be evaluated, and fails when it is compiled.
     """
-
-    def found(part: Any) -> bool:
-        if isinstance(part, tuple | list):
-            return any(map(found, part))
-        part = getattr(part, "jaxpr", part)
-        return any(map(lacks, getattr(part, "eqns", ())))
-
-    def lacks(step: Any) -> bool:
-        name = step.primitive.name
-        return "custom_vjp" in name or any(map(found, step.params.values()))
-
-    def arrays(x: Floats) -> list[Any]:
-        return [y for y in jax.tree.leaves(function(x)) if hasattr(y, "dtype")]
-
-    return found(jax.make_jaxpr(arrays)(x))
+    return takes_step(function, x, lambda step: "custom_vjp" in step.primitive.name)
 
 
 _MODES = {

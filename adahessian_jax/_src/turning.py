@@ -155,10 +155,11 @@ def _turned(trace: Array, q: Orthogonal, first: Array) -> tuple[Array, Orthogona
     """Turn one basis, and what its leading vectors see."""
     columns = first_columns(q)
     if leading := isinstance(q, Reflectors):
-        product = multiply_along(q, trace, 0, transpose=False)
-        relative = jnp.where(
-            q.pivots < len(trace), _relative(product), _relative(first)
+        product, begun = (
+            multiply_along(q, x, 0, transpose=False) for x in (trace, first)
         )
+        known = q.pivots < len(trace)
+        relative = jnp.where(known, _relative(product), _relative(begun))
     else:
         product = jnp.dot(trace, columns, precision=PRECISION)
         relative = _relative(product)

@@ -232,13 +232,13 @@ class _InEigenbasis(Estimator):
             return averages, state
         if self.axes_from == "gradients":
             state = self._seen(state, updates, turned)
-        seen = zip(jax.tree.leaves(updates), state.traces, state.bases, strict=True)
-        first = tuple(turning.first_seen(*x) for x in seen)
         k = self.turn_interval
         due = (count < k) | (count % k == k - 1)
 
         def turn(x: Any) -> Any:
             (mu, nu), old, traces = x
+            momenta = zip(jax.tree.leaves(mu), traces, old, strict=True)
+            first = tuple(turning.first_seen(*x) for x in momenta)
             traces, new = turning.turned(traces, old, first)
             mu = _as(mu, rotate_tree(rotate_tree(mu, old, back=True), new))
             leaves = zip(*map(jax.tree.leaves, (mu, nu)), old, new, strict=True)
