@@ -15,8 +15,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Map a batch of inputs, of any shape, to rows of outputs."""
-        x = x.reshape(len(x), -1)
+        """Map a point, a batch of points or one of images to rows of outputs."""
+        x = x.reshape(len(x), -1) if x.ndim > 2 else x
         for width in self.widths[:-1]:
             x = self.activation(nn.Dense(width)(x))
         return nn.Dense(self.widths[-1])(x)
@@ -32,19 +32,6 @@ class ReluConvNet(nn.Module):
         for features in (8, 16):
             x = nn.relu(nn.Conv(features, (3, 3), strides=2)(x))
         return nn.Dense(10)(x.reshape(x.shape[0], -1))
-
-
-class TanhMlp(nn.Module):
-    """Three hidden layers with tanh, from points to one number each."""
-
-    width: int = 32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map a point to a number."""
-        for _ in range(3):
-            x = nn.tanh(nn.Dense(self.width)(x))
-        return nn.Dense(1)(x)[..., 0]
 
 
 class ResNet8(nn.Module):

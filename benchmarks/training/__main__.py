@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def main() -> None:
     mpl.use("Agg")
     parser = make_parser()
     args = parser.parse_args()
-    task = task_of(args, parser)
+    task = TASKS[args.task]()
     jax.config.update("jax_enable_x64", task.x64)
     own = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     result = {
@@ -56,17 +57,21 @@ def main() -> None:
         "evaluated": task.evaluated,
         "device": f"{jax.devices()[0].device_kind}, {len(own(0))} core(s)",
         "jax": jax.__version__,
-        "contenders": {},
     }
     path = args.out / f"{args.task}.json"
     others = {}
     if (args.only or args.searched) and path.exists():
-        try:
-            others = report.others(json.loads(path.read_text("utf-8")), result)
-        except ValueError as error:
-            parser.error(f"{path} was made otherwise: {error}. Give another --out.")
-    found = compare(task, args, result["steps"], others)
-    entries = others | found
+        earlier = json.loads(path.read_text("utf-8"))
+        others = earlier["contenders"]
+        differing = [
+            f"{key} is {earlier.get(key)} there and {value} here"
+            for key, value in result.items()
+            if earlier.get(key) != value
+        ]
+        if differing:
+            what = f"{path} was made otherwise: {', '.join(differing)}"
+            parser.error(f"{what}. Give another --out.")
+    entries = others | compare(task, args, result["steps"], others)
     result["contenders"] = {name: entries[name] for name in ALL if name in entries}
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(report.dumps(result), encoding="utf-8")
@@ -87,25 +92,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=5)
     add("--first-seed", type=int, default=0)
     add("--steps", type=int, help="of AdamW; by default the task's own")
-    add("--batch-size", type=int, help="by default the task's own")
-    examples = "examples of a loss; by default the task's own"
-    add("--evaluated", type=int, help=examples)
     add("--rate", type=float, help="of all but AdamW, in place of a search")
     keep = "take the learning rates that an earlier run found"
     add("--searched", action="store_true", help=keep)
     out = Path(__file__).parent.parent / "results" / "training"
     add("--out", type=Path, default=out, help="a directory")
     return parser
-
-
-def task_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Task:
-    """Make the task that the command line asks for."""
-    task = TASKS[args.task]()
-    if args.batch_size is not None:
-        if task.batch_size is None:
-            parser.error(f"argument --batch-size: {args.task} has one batch of all")
-        task = task._replace(batch_size=args.batch_size)
-    return task._replace(evaluated=args.evaluated or task.evaluated)
 
 
 def compare(
@@ -121,11 +113,8 @@ def compare(
     trains = {name: protocol.make_train(task, ALL[name]) for name in names}
     entries: dict[str, Any] = {}
     for name in track(names, "searching learning rates", console=CONSOLE):
+        score = partial(protocol.tuning_loss, trains[name], task, steps)
         start = ALL[name].start
-
-        def score(rate: float, train: protocol.Train = trains[name]) -> float:
-            return protocol.tuning_loss(train, task, rate, steps)
-
         fixed = start if ALL[name].own_rate else args.rate
         if fixed is not None and name != "AdamW":
             found = {fixed: score(fixed)}
@@ -133,8 +122,11 @@ def compare(
             known = {}
             baseline = args.only and name not in args.only
             if name in others and (args.searched or baseline):
-                known = report.rates_tried(others[name])
-            found = protocol.search(score, start, known=known)
+                known = {
+                    float(rate): math.inf if loss is None else loss
+                    for rate, loss in others[name]["search"].items()
+                }
+            found = protocol.search(score, start, known)
         entries[name] = {
             "search": {f"{rate:.4g}": loss for rate, loss in found.items()},
             "rate": protocol.best_rate(found),

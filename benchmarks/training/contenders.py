@@ -46,8 +46,8 @@ class Contender(NamedTuple):
       update_interval: how often the curvature is estimated,
       initial_refreshes: and on how many first steps.
       own_rate: whether it finds the length of its steps itself: no rate is searched.
-      line_search: whether it does so by a line search.
-      whole_batch: whether it takes a batch that never changes, as line searches do.
+      whole_batch: whether it takes a batch that never changes.
+      line_search: whether it is handed what ``optax.lbfgs`` searches with.
     """
 
     make: Make
@@ -57,12 +57,12 @@ class Contender(NamedTuple):
     update_interval: int = 1
     initial_refreshes: int = 0
     own_rate: bool = False
-    line_search: bool = False
     whole_batch: bool = False
+    line_search: bool = False
 
     def suits(self, task: Task) -> bool:
         """Whether it can be run on a task."""
-        return task.batch_size is None or not (self.line_search or self.whole_batch)
+        return task.batch_size is None or not self.whole_batch
 
     def is_due(self, step: Any) -> Any:
         """Whether update number ``step``, from 0, is one with an estimate."""
@@ -84,9 +84,18 @@ def gauss_newton(task: Task, key: jax.Array) -> optax.GradientTransformation:
     return ah.gauss_newton(task.loss, seed=key)
 
 
-def plain(make: Callable[[Any, float], optax.GradientTransformation]) -> Make:
-    """Let an optimizer take the learning rate and the weight decay alone."""
-    return lambda learning_rate, task, key: make(learning_rate, task.weight_decay)
+def plain(make: Callable[..., Any], start: float = 1e-2, **options: Any) -> Contender:
+    """Return an optimizer that takes learning rate, weight decay and the options."""
+    return Contender(
+        lambda rate, task, key: make(rate, weight_decay=task.weight_decay, **options),
+        start,
+    )
+
+
+def sgd(learning_rate: Any, weight_decay: float) -> Any:
+    """Return gradient descent with momentum."""
+    decayed = optax.add_decayed_weights(weight_decay)
+    return optax.chain(decayed, optax.sgd(learning_rate, momentum=0.9))
 
 
 def sophia(gamma: float, start: float) -> Contender:
@@ -96,12 +105,9 @@ def sophia(gamma: float, start: float) -> Contender:
         lambda updates, state, params=None, *, hessian_diag, **_: (hessian_diag, state),
     )
     options = {"gamma": gamma, "hessian_diagonal_fn": handed_on}
-
-    def make(learning_rate: Any, decay: float) -> Any:
-        return optax.contrib.sophia(learning_rate, weight_decay=decay, **options)
-
     estimator = optax.contrib.hutchinson_estimator_diag_hessian()
-    return Contender(plain(make), start, kept=lambda *_: estimator, update_interval=10)
+    handed = plain(optax.contrib.sophia, start, **options)
+    return handed._replace(kept=lambda *_: estimator, update_interval=10)
 
 
 def paper(learning_rate: Any, task: Task, key: jax.Array) -> Any:
@@ -127,20 +133,13 @@ def zack_dugue(eps: float = 1e-8) -> Make:
     )
 
 
-def clipped(learning_rate: Any, decay: float) -> Any:
+def clipped(learning_rate: Any, task: Task, key: jax.Array) -> Any:
     """Clip each entry of Gauss-Newton steps in the parameters' own axes."""
     return optax.chain(
         ah.scale_by_adahessian(b2=0.95, hessian_ema="mean"),
         optax.clip(0.1),
-        optax.add_decayed_weights(decay),
+        optax.add_decayed_weights(task.weight_decay),
         optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def published_soap(betas: tuple[float, float]) -> Contender:
-    """Return SOAP, which turns axes by gradients, with its decay rates."""
-    return Contender(
-        plain(lambda lr, decay: ah.published.soap(lr, betas=betas, weight_decay=decay))
     )
 
 
@@ -148,52 +147,29 @@ def published_soap(betas: tuple[float, float]) -> Contender:
 SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 
 
-def newton(**options: Any) -> Contender:
-    """Return ``ah.newton`` as recommended, but for the options."""
-    schedule = SCHEDULE | {k: v for k, v in options.items() if k in SCHEDULE}
-    return Contender(
-        lambda learning_rate, task, key: ah.newton(
-            learning_rate,
-            task.loss,
-            weight_decay=task.weight_decay,
-            seed=key,
-            **options,
-        ),
-        0.03,
-        "outputs",
-        **schedule,
-    )
+def newton(*, own_rate: bool = False, whole: bool = False, **options: Any) -> Contender:
+    """Return ``ah.newton`` as recommended, but for the options.
 
-
-def own_rate(*, whole: bool = False, **options: Any) -> Contender:
-    """Return ``ah.newton`` at its own rate: AdamW's decay at a hundred times its rate.
-
-    With its own momentum, too, if the batch is ``whole`` and never changes.
+    At its own rate its decay is AdamW's at a hundred times AdamW's rate. If the batch
+    is ``whole`` and never changes, it has its own momentum, too.
     """
-    schedule = SCHEDULE | {k: v for k, v in options.items() if k in SCHEDULE}
     if whole:
         options |= {"b1": None}
+
+    def make(learning_rate: WarmupCosine, task: Task, key: jax.Array) -> Any:
+        rate, decay, more = learning_rate, task.weight_decay, options
+        if own_rate:
+            more = options | {"schedule": learning_rate._replace(peak=1.0)}
+            rate, decay = None, decay / 100
+        return ah.newton(rate, task.loss, weight_decay=decay, seed=key, **more)
+
     return Contender(
-        lambda learning_rate, task, key: ah.newton(
-            None,
-            task.loss,
-            schedule=learning_rate._replace(peak=1.0),
-            weight_decay=task.weight_decay / 100,
-            seed=key,
-            **options,
-        ),
-        1.0,
+        make,
+        1.0 if own_rate else 0.03,
         "outputs",
-        **schedule,
-        own_rate=True,
+        own_rate=own_rate,
         whole_batch=whole,
-    )
-
-
-def soap(**options: Any) -> Contender:
-    """Return ``ah.soap``, but for the options."""
-    return Contender(
-        plain(lambda lr, decay: ah.soap(lr, weight_decay=decay, **options))
+        **{k: options.get(k, default) for k, default in SCHEDULE.items()},
     )
 
 
@@ -205,22 +181,16 @@ def delayed(make: Make, estimator: MakeEstimator, start: float = 0.3) -> Contend
 
 
 CONTENDERS: dict[str, Contender] = {
-    "SGD": Contender(
-        plain(
-            lambda lr, decay: optax.chain(
-                optax.add_decayed_weights(decay), optax.sgd(lr, momentum=0.9)
-            )
-        ),
-        0.1,
-    ),
-    "AdamW": Contender(plain(lambda lr, decay: optax.adamw(lr, weight_decay=decay))),
-    "Muon": Contender(
-        plain(lambda lr, decay: optax.contrib.muon(lr, weight_decay=decay))
-    ),
-    "SOAP": published_soap((0.95, 0.95)),
-    "SOAP, 0.9 and 0.99": published_soap((0.9, 0.99)),
+    "SGD": plain(sgd, 0.1),
+    "AdamW": plain(optax.adamw),
+    "Muon": plain(optax.contrib.muon),
+    "SOAP": plain(ah.published.soap, betas=(0.95, 0.95)),
+    "SOAP, 0.9 and 0.99": plain(ah.published.soap, betas=(0.9, 0.99)),
     "L-BFGS": Contender(
-        plain(lambda *_: optax.lbfgs(memory_size=20)), own_rate=True, line_search=True
+        lambda *_: optax.lbfgs(memory_size=20),
+        own_rate=True,
+        whole_batch=True,
+        line_search=True,
     ),
     "Sophia": sophia(0.01, 1e-3),
     "Sophia, gamma=1": sophia(1.0, 3e-3),
@@ -230,11 +200,11 @@ CONTENDERS: dict[str, Contender] = {
     "paper, delayed": delayed(paper, hutchinson),
     "davda54, delayed": delayed(davda54, hutchinson),
     "Zack-Dugue, delayed": delayed(zack_dugue(), gaussian),
-    "Gauss-Newton, clipped": delayed(plain(clipped), gauss_newton, 0.03),
+    "Gauss-Newton, clipped": delayed(clipped, gauss_newton, 0.03),
     "newton": newton(),
-    "newton, own rate": own_rate(),
-    "newton, own rate and momentum": own_rate(
-        whole=True, update_interval=10, clip_threshold=0.1
+    "newton, own rate": newton(own_rate=True),
+    "newton, own rate and momentum": newton(
+        own_rate=True, whole=True, update_interval=10, clip_threshold=0.1
     ),
-    "soap": soap(),
+    "soap": plain(ah.soap),
 }

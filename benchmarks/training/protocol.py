@@ -3,9 +3,8 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -181,7 +180,7 @@ def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
     return lambda params: tuple(float(f(params, batch)) for f, batch in pairs)
 
 
-def tuning_loss(train: Train, task: Task, peak: float, steps: int) -> float:
+def tuning_loss(train: Train, task: Task, steps: int, peak: float) -> float:
     """Return the geometric mean of the scores of a learning rate."""
     seeds = range(TUNING_SEED, TUNING_SEED + task.tuning_seeds)
     scores = [train(peak, seed, steps).score for seed in seeds]
@@ -189,16 +188,13 @@ def tuning_loss(train: Train, task: Task, peak: float, steps: int) -> float:
 
 
 def search(
-    score: Callable[[float], float],
-    start: float,
-    *,
-    known: Mapping[float, float] = MappingProxyType({}),
+    score: Callable[[float], float], start: float, known: dict[float, float]
 ) -> dict[float, float]:
     """Return the score of learning rates around the best, which has the least.
 
     The rates lie half a decade apart: the first, one to either side, and more at either
-    edge until the best is not there. What is known from an
-    earlier search from the same start is kept, and not tried again.
+    edge until the best is not there. What is known from an earlier search from the same
+    start is kept, and not tried again.
     """
     found = {round(math.log(r / start, FACTOR)): loss for r, loss in known.items()}
     missing = [k for k in (-1, 0, 1) if k not in found]

@@ -53,15 +53,11 @@ def cost_to_reach(entry: dict[str, Any], baseline: dict[str, Any], steps: int) -
             continue
         curve = np.mean([np.log(run["validation"]) for run in runs], axis=0)
         below = np.flatnonzero(curve <= target)
-        if below.size == 0:
-            continue
-        i, at = below[0], runs[0]["steps"]
-        if i == 0:
-            count = at[0]
-        else:
-            share = (curve[i - 1] - target) / (curve[i - 1] - curve[i])
-            count = at[i - 1] + share * (at[i] - at[i - 1])
-        reached.append(count * entry["cost"] / steps)
+        if below.size:
+            around = [below[0], max(below[0] - 1, 0)]
+            at = np.array(runs[0]["steps"])[around]
+            count = np.interp(target, curve[around], at)
+            reached.append(count * entry["cost"] / steps)
     return float(min(reached))
 
 
@@ -97,41 +93,10 @@ def good_width(entry: dict[str, Any]) -> str:
     return f"{entry['width']:.1f}" if len(entry["search"]) > 1 else "-"
 
 
-def rates_tried(entry: dict[str, Any]) -> dict[float, float]:
-    """Return the loss of each rate of a search, infinite where it diverged."""
-    return {
-        float(rate): math.inf if loss is None else loss
-        for rate, loss in entry["search"].items()
-    }
-
-
-def others(earlier: Result, result: Result) -> dict[str, Any]:
-    """Return the contenders of an earlier result under the same conditions.
-
-    Raises:
-      ValueError: if the conditions differ; the message says which.
-    """
-    differing = [
-        f"{key} is {earlier.get(key)} there and {value} here"
-        for key, value in result.items()
-        if key != "contenders" and earlier.get(key) != value
-    ]
-    if differing:
-        raise ValueError(", ".join(differing))
-    return dict(earlier["contenders"])
-
-
 def dumps(result: Result) -> str:
     """Return the result as JSON, which has no numbers that are not finite: null."""
-
-    def finite(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {key: finite(value) for key, value in x.items()}
-        if isinstance(x, list):
-            return [finite(value) for value in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(finite(result), indent=1, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(result), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=1) + "\n"
 
 
 def table(result: Result) -> str:

@@ -14,7 +14,6 @@ from benchmarks.training.contenders import (
     gaussian,
     newton,
     plain,
-    soap,
     zack_dugue,
 )
 from benchmarks.training.tasks import Task
@@ -40,18 +39,6 @@ def _newton(*, axes: dict[str, Any] | None, **options: Any) -> Contender:
     return Contender(make, 0.03, "outputs", **SCHEDULE)
 
 
-def _soap_without_lookahead(learning_rate: Any, decay: float) -> Any:
-    return ah.adahessian(
-        learning_rate,
-        b1=0.9,
-        b2=0.95,
-        hessian_ema="mean",
-        hessian_power=0.5,
-        estimator=ah.in_eigenbasis(ah.squared_gradient()),
-        weight_decay=decay,
-    )
-
-
 VARIANTS: dict[str, Contender] = {
     "Zack-Dugue, eps=0.01": Contender(zack_dugue(0.01), 0.3, "loss"),
     "Zack-Dugue, eps=0.01, delayed": delayed(zack_dugue(0.01), gaussian),
@@ -61,10 +48,17 @@ VARIANTS: dict[str, Contender] = {
     "newton, axes of factors": _newton(axes={"axes_from": "factors", "decay": 0.98}),
     "newton, own axes": _newton(axes=None),
     "newton, square root": _newton(axes={}, hessian_power=0.5, clip_threshold=None),
-    "soap, b1=0.9, no lookahead": Contender(plain(_soap_without_lookahead)),
-    "soap, b1=0.9": soap(b1=0.9),
-    "soap, b2=0.99": soap(b2=0.99),
-    "soap, short axes only": soap(n_vectors=0),
-    "soap, 2 vectors": soap(n_vectors=2),
-    "soap, 32 vectors": soap(n_vectors=32),
+    "soap, b1=0.9, no lookahead": plain(
+        ah.adahessian,
+        b1=0.9,
+        b2=0.95,
+        hessian_ema="mean",
+        hessian_power=0.5,
+        estimator=ah.in_eigenbasis(ah.squared_gradient()),
+    ),
+    "soap, b1=0.9": plain(ah.soap, b1=0.9),
+    "soap, b2=0.99": plain(ah.soap, b2=0.99),
+    "soap, short axes only": plain(ah.soap, n_vectors=0),
+    "soap, 2 vectors": plain(ah.soap, n_vectors=2),
+    "soap, 32 vectors": plain(ah.soap, n_vectors=32),
 }
