@@ -3,9 +3,9 @@
 
 Learning rates are searched with seeds that are used for nothing else, then each
 contender is run with others, at AdamW's number of steps and in AdamW's time. Writes a
-JSON file, a table and a plot. With --only, what an earlier run under the same
-conditions found of other contenders stays in the file, and so does its search of
-AdamW's rate. With --searched all of its searches stay, and the runs are made again.
+JSON file and a table. With --only, what an earlier run under the same conditions found
+of other contenders stays in the file, and so does its search of AdamW's rate. With
+--searched all of its searches stay, and the runs are made again.
 """
 
 import argparse
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib as mpl
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.training import plots, protocol, report
+from benchmarks.training import protocol, report
 from benchmarks.training.contenders import CONTENDERS
 from benchmarks.training.published import PUBLISHED_TASKS
 from benchmarks.training.tasks import TASKS as OWN_TASKS
@@ -42,7 +41,6 @@ KEPT = (
 
 def main() -> None:
     """Run the comparison that the command line asks for."""
-    mpl.use("Agg")
     parser = make_parser()
     args = parser.parse_args()
     task = TASKS[args.task]()
@@ -76,7 +74,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(report.dumps(result), encoding="utf-8")
     path.with_suffix(".md").write_text(report.table(result), encoding="utf-8")
-    plots.plot(result, path.with_suffix(".png"))
     CONSOLE.print(report.table(result), markup=False)
 
 
