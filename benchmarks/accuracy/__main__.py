@@ -7,8 +7,8 @@ is drawn many times on that batch. With --batch-sizes: how much less control var
 vary than plain Hutchinson, on networks that train with batches of several sizes.
 
 Run ``python -m benchmarks.accuracy``: an hour on one core, half an hour with
---batch-sizes, two minutes with --quick; without networks (--nets) it only writes the
-tables and the plot of earlier results again.
+--batch-sizes; without networks (--nets) it only writes the tables and the plot of
+earlier results again.
 """
 
 import argparse
@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
 from benchmarks.accuracy import measure, report
 from benchmarks.accuracy.networks import NETS
 from benchmarks.cost.timing import machine
@@ -26,15 +24,14 @@ from benchmarks.cost.timing import machine
 
 def errors(args: argparse.Namespace, path: Path) -> None:
     """Compare the estimators with the exact diagonals."""
-    settings = measure.QUICK if args.quick else measure.Settings()
-    names = ["tanh MLP", "ReLU CNN"] if args.quick else list(NETS)
+    settings = measure.Settings()
     start = time.perf_counter()
     result: dict[str, Any] = {
         "machine": machine(),
-        "settings": settings._asdict() | {"quick": args.quick, "seed": args.seed},
+        "settings": settings._asdict() | {"seed": args.seed},
         "nets": {},
     }
-    for name in names if args.nets is None else args.nets:
+    for name in args.nets:
         found = measure.measure_net(NETS[name], settings, args.seed)
         result["nets"][name] = found
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -46,35 +43,27 @@ def errors(args: argparse.Namespace, path: Path) -> None:
 
 def batch_sizes(args: argparse.Namespace, path: Path) -> None:
     """Compare control variates in batches of several sizes, added to what is there."""
-    at, n_draws = ((5, 10), 5) if args.quick else ((50, 400, 2000), 40)
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    for name in measure.BATCH_SIZES if args.nets is None else args.nets:
+    how = {"seed": args.seed, "draws": 40}
+    for name in [name for name in measure.BATCH_SIZES if name in args.nets]:
         rows = []
         for size in measure.BATCH_SIZES[name]:
-            known = NETS[name], size, at, n_draws, args.seed
-            rows += measure.measure_batch_size(*known)
-        results[name] = {
-            "machine": machine(),
-            "seed": args.seed,
-            "draws": n_draws,
-            "rows": rows,
-        }
+            rows += measure.measure_batch_size(NETS[name], size, (50, 400, 2000), **how)
+        results[name] = {"machine": machine(), **how, "rows": rows}
         path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(report.write_batch_sizes(path))
 
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    mpl.use("Agg")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out = Path(__file__).parent.parent / "results"
-    parser.add_argument("--out", type=Path, default=out, help="a directory")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few nets and draws")
-    parser.add_argument("--nets", nargs="*", choices=NETS, metavar="NET")
-    parser.add_argument("--batch-sizes", action="store_true", help="see above")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path(__file__).parent.parent / "results")
+    add("--seed", type=int, default=0)
+    add("--nets", nargs="*", choices=NETS, metavar="NET", default=NETS)
+    add("--batch-sizes", action="store_true", help="see above")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.batch_sizes:

@@ -48,46 +48,33 @@ class Settings(NamedTuple):
     late: int = 2000
     tracked: int = 400  # steps from which a stateful estimator has learnt, late
     n_states: int = 2  # independent states of each stateful estimator
-    max_coordinates: int | None = None
-
-
-QUICK = Settings(draws=24, late=300, tracked=100, n_states=1, max_coordinates=200)
 
 
 def exact_diagonals(
-    run: Run, params: Any, coordinates: np.ndarray, chunk_size: int
+    run: Run, params: Any, coordinates: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Compute entries of the diagonals of the Hessian and the Gauss-Newton matrix."""
+    """Compute entries of the diagonals of the Hessian and the Gauss-Newton matrix.
+
+    The Hessian in the logits is diag(p) - p p', so that an entry of the Gauss-Newton
+    diagonal is the variance under p of the derivative of the logits.
+    """
     flat, unravel = jax.flatten_util.ravel_pytree(params)
 
-    def columns(params: Any, batch: Any, index: jax.Array) -> Any:
-        basis = unravel(jnp.zeros_like(flat).at[index].set(1))
-        product = ah.hvp(lambda p: run.loss(p, batch), params, basis)
-        _, tangent = jax.jvp(
-            lambda p: run.predict(p, batch.inputs), (params,), (basis,)
+    @jax.jit
+    def entries(params: Any, batch: Any, index: jax.Array) -> jax.Array:
+        unit = unravel(jnp.zeros_like(flat).at[index].set(1))
+        column = ah.hvp(lambda p: run.loss(p, batch), params, unit)
+        logits, tangent = jax.jvp(
+            lambda p: run.predict(p, batch.inputs), (params,), (unit,)
         )
-        return jax.flatten_util.ravel_pytree(product)[0][index], tangent
+        p = jax.nn.softmax(logits)
+        centred = tangent - jnp.sum(p * tangent, axis=-1, keepdims=True)
+        variance = jnp.sum(p * jnp.square(centred), axis=-1)
+        column, _ = jax.flatten_util.ravel_pytree(column)
+        return jnp.stack([column[index], jnp.mean(variance)])
 
-    one = columns if chunk_size == 1 else jax.vmap(columns, in_axes=(None, None, 0))
-    one = jax.jit(one)
-    logits = np.asarray(run.predict(params, run.batch.inputs), float)
-    p = np.exp(logits - logits.max(-1, keepdims=True))
-    p /= p.sum(-1, keepdims=True)
-    # The Hessian in the logits is diag(p) - p p', so an entry of the Gauss-Newton
-    # diagonal is the variance under p of the derivative of the logits.
-    h, g = [], []
-    chunks = np.resize(coordinates, -(-len(coordinates) // chunk_size) * chunk_size)
-    for chunk in chunks.reshape(-1, chunk_size):
-        entry, tangent = one(params, run.batch, chunk[0] if chunk_size == 1 else chunk)
-        t = np.asarray(tangent, float).reshape(len(chunk), *p.shape)
-        centred = t - np.sum(p * t, axis=-1, keepdims=True)
-        h.append(np.atleast_1d(entry))
-        g.append(np.sum(p * centred**2, axis=-1).reshape(len(chunk), -1).mean(-1))
-    n = len(coordinates)
-    return {
-        "hessian": np.concatenate(h)[:n].astype(float),
-        "gauss_newton": np.concatenate(g)[:n],
-    }
+    found = np.array([entries(params, run.batch, i) for i in coordinates], float)
+    return {"hessian": found[:, 0], "gauss_newton": found[:, 1]}
 
 
 def choose_coordinates(
@@ -136,9 +123,7 @@ def errors(
 def measure_net(net: Net, settings: Settings, seed: int) -> dict[str, Any]:
     """Train a network, stopping at each stage to measure the estimators."""
     run = Run(net, seed)
-    coordinates, weights = choose_coordinates(
-        run.params, net.n_coordinates or settings.max_coordinates, seed
-    )
+    coordinates, weights = choose_coordinates(run.params, net.n_coordinates, seed)
     n_draws = settings.large_draws if net.n_coordinates else settings.draws
     compiled = {k: run.compile(e.transformation) for k, e in ESTIMATORS.items()}
 
@@ -152,7 +137,7 @@ def measure_net(net: Net, settings: Settings, seed: int) -> dict[str, Any]:
         return states
 
     def measure(params: Any, states: dict[str, list[Any]], step: int) -> dict[str, Any]:
-        exact = exact_diagonals(run, params, coordinates, net.chunk_size)
+        exact = exact_diagonals(run, params, coordinates)
         difference = np.linalg.norm(exact["hessian"] - exact["gauss_newton"])
         rows = {}
         for label, estimator in ESTIMATORS.items():
@@ -204,7 +189,7 @@ LEARNT = 400  # steps from which the second of them has learnt
 
 
 def measure_batch_size(
-    net: Net, size: int, at: tuple[int, ...], n_draws: int, seed: int
+    net: Net, size: int, at: tuple[int, ...], draws: int, seed: int
 ) -> list[dict[str, Any]]:
     """Train with batches of one size; compare variances, over all parameters."""
     run = Run(net._replace(batch_size=size), seed)
@@ -216,12 +201,12 @@ def measure_batch_size(
         for label, (estimate, cost) in compiled.items():
             learns = bool(ESTIMATORS[label].learns_from)
             if step in at and not (learns and step > LEARNT):
-                keys = jax.random.split(jax.random.PRNGKey(seed + step), n_draws)
+                keys = jax.random.split(jax.random.PRNGKey(seed + step), draws)
                 d = draw(estimate, (params, run.batch, [states[label]]), keys)
                 squared = np.sum((d - d.mean(axis=0)) ** 2, axis=1, dtype=float)
                 known[label] = {
-                    "variance": float(squared.sum() / (n_draws - 1)),
-                    "variance_se": float(squared.std(ddof=1) / np.sqrt(n_draws)),
+                    "variance": float(squared.sum() / (draws - 1)),
+                    "variance_se": float(squared.std(ddof=1) / np.sqrt(draws)),
                     "cost": float(cost),
                 }
             if learns and step < LEARNT:

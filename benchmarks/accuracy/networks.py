@@ -28,7 +28,6 @@ class Net(NamedTuple):
     batch_size: int
     learning_rate: float
     n_coordinates: int | None = None  # of the diagonal; all by default
-    chunk_size: int = 32  # entries of the exact diagonal at a time
 
 
 class Run:
@@ -111,8 +110,7 @@ LARGE = {"n_coordinates": 480}
 NETS = {
     "tanh MLP": Net(Mlp((32, 32, 10), jnp.tanh), partial(digits, 4), 128, 3e-3),
     "ReLU MLP": Net(Mlp((32, 32, 10)), partial(digits, 4), 128, 3e-3),
-    # Batched tangents of kernels make XLA:CPU's convolutions slow, hence no chunks.
-    "ReLU CNN": Net(ReluConvNet(), partial(digits, 2), 128, 3e-3, chunk_size=1),
+    "ReLU CNN": Net(ReluConvNet(), partial(digits, 2), 128, 3e-3),
     "transformer": Net(
         CharTransformer(32, n_layers=2, n_heads=2, width=12),
         partial(text, 32, 32),
@@ -125,7 +123,6 @@ NETS = {
         partial(text, 16, 64),
         8,
         1e-3,
-        chunk_size=8,
         **LARGE,
     ),
 }

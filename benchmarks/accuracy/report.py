@@ -64,11 +64,10 @@ def heading(result: Result, frame: pd.DataFrame) -> str:
     error = 50 * frame["relative_variance_se"] / frame["relative_variance"]
     return (
         "# Accuracy and cost of the estimators\n\n"
-        f"Made by `python -m benchmarks.accuracy{' --quick' * settings['quick']}` in"
-        f" {result['seconds']:.0f} s on {machine['device']}"
-        f" ({machine['cpu_count']} cores), {versions}, seed {settings['seed']}. `early`"
-        f" is {settings['early']} steps of Adam, `late` {settings['late']};"
-        f" {settings['draws']} draws of each estimator on one batch"
+        f"Made by `python -m benchmarks.accuracy` in {result['seconds']:.0f} s on"
+        f" {machine['device']} ({machine['cpu_count']} cores), {versions}, seed"
+        f" {settings['seed']}. `early` is {settings['early']} steps of Adam, `late`"
+        f" {settings['late']}; {settings['draws']} draws of each estimator on one batch"
         f" ({settings['large_draws']} for the large networks, where errors are"
         " estimated from random entries, as many from each tensor).\n\n"
         "Relative error is the root mean square of ‖d - t‖ / ‖t‖, where t is the exact"
