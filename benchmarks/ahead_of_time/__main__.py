@@ -18,12 +18,16 @@ minute or more for each step.
 import argparse
 import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from benchmarks.ahead_of_time import targets
+import jax
 
-NETWORKS = ("MLP", "GPT", "ResNet-8", "GPT-2 small")
+from benchmarks import networks
+from benchmarks.ahead_of_time import programs, report
+
+NETWORKS = networks.NETWORKS | {"GPT-2 small": networks.gpt2}
+PLUGINS = {"tpu": "libtpu", "cuda": "jax-cuda12-pjrt"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,10 +36,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("target", choices=targets.NAMES)
-    add("--networks", nargs="+", choices=NETWORKS, default=NETWORKS[:3])
-    add("--steps", nargs="+", metavar="STEP", help="beside Adam's; by default all")
-    add("--ways", nargs="+", choices=targets.WAYS, help="by default all of them")
+    add("target", choices=programs.TARGETS)
+    add("--networks", nargs="+", choices=NETWORKS, default=["MLP", "GPT", "ResNet-8"])
+    steps = {"choices": programs.STEPS, "default": programs.STEPS, "metavar": "STEP"}
+    add("--steps", nargs="+", **steps, help="beside Adam's; by default all")
+    add("--ways", nargs="+", choices=programs.WAYS, help="by default all of them")
     add("--out", type=Path, default=Path(__file__).parent.parent / "results")
     return parser.parse_args()
 
@@ -43,39 +48,27 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Compile what is asked for and write the results."""
     args = parse_arguments()
-    targets.prepare()
-    from benchmarks import networks  # imports JAX: after the environment is set
-    from benchmarks.ahead_of_time import programs, report
-
-    if unknown := set(args.steps or ()) - set(programs.STEPS):
-        raise SystemExit(f"--steps: no {sorted(unknown)} among {programs.STEPS}.")
+    jax.config.update("jax_platforms", "cpu")  # no other is there
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "ahead_of_time.json"
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    devices = targets.devices(args.target)
-    compiled_on = {"device": targets.NAMES[args.target], **_versions(args.target)}
+    devices = programs.devices_of(args.target)
+    compiled_on = {"device": programs.TARGETS[args.target]}
+    compiled_on |= {name: version(name) for name in ("jax", PLUGINS[args.target])}
+    compiled_on |= {"on": platform.machine()}
     if results.get(args.target, {}).get("compiled") != compiled_on:  # never mixed
         results[args.target] = {"compiled": compiled_on, "networks": {}}
     for name in args.networks:
-        large = name == "GPT-2 small"
-        net = networks.gpt2() if large else networks.NETWORKS[name]()
-        for way in args.ways or (targets.WAYS[-1:] if large else targets.WAYS):
+        net, large = NETWORKS[name](), name == "GPT-2 small"
+        for way in args.ways or (programs.WAYS[-1:] if large else programs.WAYS):
             ways = results[args.target]["networks"].setdefault(name, {})
             rows = ways.setdefault(way, {})
             baseline = [s for s in programs.STEPS[:1] if s not in rows]
-            for step in dict.fromkeys(baseline + list(args.steps or programs.STEPS)):
+            for step in dict.fromkeys(baseline + list(args.steps)):
                 print(f"{name}, {way}: {step}", flush=True)
                 rows[step] = programs.measured(net, step, way, devices)
                 path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     report.write(path)
-
-
-def _versions(target: str) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    plugin = {"tpu": "libtpu", "cuda": "jax-cuda12-pjrt"}[target]
-    packages = {name: version(name) for name in ("jax", plugin)}
-    return {**packages, "on": platform.machine()}
 
 
 if __name__ == "__main__":

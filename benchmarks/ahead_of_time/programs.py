@@ -3,19 +3,33 @@
 
 import collections
 import math
+import os
 import re
 import time
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import adahessian_jax as ah
-from benchmarks.cost.contenders import LEARNING_RATE, Recipe, Steps, recipes
+from benchmarks.cost.contenders import LEARNING_RATE, Recipe, recipes, with_objective
 from benchmarks.networks import Network
 
+TARGETS = {"tpu": "TPU v5e", "cuda": "NVIDIA H100"}
+WAYS = ("one device", "data parallel", "state sharded", "fully sharded")
+_H100 = Path(__file__).parent / "h100.txtpb"  # in the terms of XLA
+_TPU = {  # the compiler for a TPU asks its host for these
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -41,10 +55,21 @@ _ROWS = {  # of the table of costs, what is compiled here: its name and which pr
 STEPS = tuple(_ROWS)
 
 
+def devices_of(target: str) -> list[Any]:
+    """Return eight devices, not there, that programs can be compiled for."""
+    if target == "tpu":
+        os.environ.update(_TPU)
+        topology = topologies.get_topology_desc("v5e:2x4", platform="tpu")
+    else:
+        described = {"topology": "1x1x8", "target_config": _H100.read_text("utf-8")}
+        topology = topologies.get_topology_desc(platform="cuda", **described)
+    return list(topology.devices)
+
+
 def step_and_optimizer(net: Network, name: str) -> tuple[Any, Any]:
     """Return the step of a row, ``(params, state, *batch)``, and its optimizer."""
     soap = ah.soap(LEARNING_RATE, stacked=net.stacked)
-    more = {"soap": Recipe(soap, (Steps(net).with_objective(soap),))}
+    more = {"soap": Recipe(soap, (with_objective(net, soap),))}
     key, index = _ROWS[name]
     recipe = (recipes(net) | more)[key]
     return recipe.steps[index], recipe.tx

@@ -10,11 +10,9 @@ import optax
 
 import adahessian_jax as ah
 from benchmarks.cost.timing import Contender, Program
-from benchmarks.networks import Network
+from benchmarks.networks import LOSS, Network
 
 LEARNING_RATE = 1e-4
-LOSS = ah.losses.softmax_cross_entropy
-
 Step = Callable[..., Any]
 
 
@@ -38,58 +36,54 @@ class Recipe(NamedTuple):
     loops: bool = False
 
 
-class Steps:
-    """Ways to take a step on a network with an optimizer."""
+def without_outputs(net: Network) -> Callable[..., Any]:
+    """Return the loss and new statistics of a network as a function."""
 
-    def __init__(self, net: Network) -> None:
-        """Take a network."""
-        self.net = net
-
-    def loss_fn(self, params: Any, *batch: Any) -> Any:
-        """Return the loss and new statistics, without the outputs."""
-        (loss, _), statistics = self.net.loss_fn(params, *batch)
+    def loss_fn(params: Any, *batch: Any) -> Any:
+        (loss, _), statistics = net.loss_fn(params, *batch)
         return loss, statistics
 
-    def with_objective(self, tx: Any) -> Step:
-        """Return a step with the gradient, and an update that takes the objective."""
-        tx = optax.with_extra_args_support(tx)
+    return loss_fn
 
-        def step(params: Any, state: Any, *batch: Any) -> Any:
-            value_and_grad = jax.value_and_grad(self.loss_fn, has_aux=True)
-            value, grads = value_and_grad(params, *batch)
-            more = {"obj_fn": lambda p: self.loss_fn(p, *batch)[0]}
-            updates, state = tx.update(grads, state, params, **more)
-            return optax.apply_updates(params, updates), state, value
 
-        return step
+def with_objective(net: Network, tx: Any) -> Step:
+    """Return a step with the gradient, and an update that takes the objective."""
+    tx, loss_fn = optax.with_extra_args_support(tx), without_outputs(net)
 
-    def fused(self, tx: Any, outputs: bool = False, refresh: Any = None) -> Step:
-        """Return a step with gradient and curvature from one pass."""
-        loss_fn = self.net.loss_fn if outputs else self.loss_fn
-        fused = ah.value_and_grad_with_curvature(loss_fn, tx, has_aux=True)
+    def step(params: Any, state: Any, *batch: Any) -> Any:
+        value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *batch)
+        more = {"obj_fn": lambda p: loss_fn(p, *batch)[0]}
+        updates, state = tx.update(grads, state, params, **more)
+        return optax.apply_updates(params, updates), state, value
 
-        def step(params: Any, state: Any, *batch: Any) -> Any:
-            known = {"state": state, "refresh": refresh}
-            value, grads, curvature = fused(params, *batch, **known)
-            more = {"predict_fn": lambda p: self.net.loss_fn(p, *batch)[0][1]}
-            updates, state = tx.update(
-                grads, state, params, curvature=curvature, **more
-            )
-            return optax.apply_updates(params, updates), state, value
+    return step
 
-        return step
 
-    def every(self, interval: int, tx: Any, *, outputs: bool = False) -> Recipe:
-        """Refresh every so many steps, chosen on the host: two compiled steps."""
-        if interval == 1:
-            return Recipe(tx, (self.fused(tx, outputs),))
-        steps = tuple(self.fused(tx, outputs, refresh) for refresh in (True, False))
-        return Recipe(tx, steps, (1 / interval, 1 - 1 / interval))
+def fused(net: Network, tx: Any, outputs: bool = False, refresh: Any = None) -> Step:
+    """Return a step with gradient and curvature from one pass."""
+    loss_fn = net.loss_fn if outputs else without_outputs(net)
+    value_and_grad = ah.value_and_grad_with_curvature(loss_fn, tx, has_aux=True)
+
+    def step(params: Any, state: Any, *batch: Any) -> Any:
+        known = {"state": state, "refresh": refresh}
+        value, grads, curvature = value_and_grad(params, *batch, **known)
+        more = {"predict_fn": lambda p: net.loss_fn(p, *batch)[0][1]}
+        updates, state = tx.update(grads, state, params, curvature=curvature, **more)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def every(interval: int, net: Network, tx: Any, *, outputs: bool = False) -> Recipe:
+    """Refresh every so many steps, chosen on the host: two compiled steps."""
+    if interval == 1:
+        return Recipe(tx, (fused(net, tx, outputs),))
+    steps = tuple(fused(net, tx, outputs, refresh) for refresh in (True, False))
+    return Recipe(tx, steps, (1 / interval, 1 - 1 / interval))
 
 
 def recipes(net: Network) -> dict[str, Recipe]:
     """Return all steps, the baseline first."""
-    steps = Steps(net)
     convolutional = any(x.ndim == 4 for x in jax.tree.leaves(net.params))
     adam = optax.adam(LEARNING_RATE)
 
@@ -98,33 +92,32 @@ def recipes(net: Network) -> dict[str, Recipe]:
 
     def sophia(interval: int) -> Recipe:
         tx = optax.contrib.sophia(LEARNING_RATE, update_interval=interval)
-        return Recipe(tx, (steps.with_objective(tx),), cycle=interval, loops=True)
+        return Recipe(tx, (with_objective(net, tx),), cycle=interval, loops=True)
 
     plain = adahessian()
     davda54_10 = ah.published.davda54(LEARNING_RATE, update_each=10)
     paper = ah.published.paper(LEARNING_RATE, average_conv_kernel=convolutional)
     factor = ah.gauss_newton(LOSS)
     newton = ah.newton(LEARNING_RATE, LOSS, stacked=net.stacked)
+    own_rate = ah.newton(None, LOSS, stacked=net.stacked)
     return {
-        "optax.adam": Recipe(adam, (steps.with_objective(adam),)),
-        "every step": steps.every(1, plain),
-        "every step, obj_fn": Recipe(plain, (steps.with_objective(plain),)),
-        "every 10": steps.every(10, adahessian(10)),
-        "paper": steps.every(1, paper),
-        "davda54, every 10": steps.every(10, davda54_10),
+        "optax.adam": Recipe(adam, (with_objective(net, adam),)),
+        "every step": every(1, net, plain),
+        "every step, obj_fn": Recipe(plain, (with_objective(net, plain),)),
+        "every 10": every(10, net, adahessian(10)),
+        "paper": every(1, net, paper),
+        "davda54, every 10": every(10, net, davda54_10),
         "davda54, every 10, cond": Recipe(
-            davda54_10, (steps.fused(davda54_10),), cycle=10, loops=True
+            davda54_10, (fused(net, davda54_10),), cycle=10, loops=True
         ),
-        "zack_dugue": steps.every(1, ah.published.zack_dugue(LEARNING_RATE)),
-        "4 probes": steps.every(1, adahessian(estimator=ah.hutchinson(4))),
-        "Gauss-Newton": steps.every(1, adahessian(estimator=factor), outputs=True),
-        "Gauss-Newton, every 10": steps.every(
-            10, adahessian(10, estimator=factor), outputs=True
+        "zack_dugue": every(1, net, ah.published.zack_dugue(LEARNING_RATE)),
+        "4 probes": every(1, net, adahessian(estimator=ah.hutchinson(4))),
+        "Gauss-Newton": every(1, net, adahessian(estimator=factor), outputs=True),
+        "Gauss-Newton, every 10": every(
+            10, net, adahessian(10, estimator=factor), outputs=True
         ),
-        "in_eigenbasis, every 20": steps.every(20, newton, outputs=True),
-        "in_eigenbasis, every 20, own rate": steps.every(
-            20, ah.newton(None, LOSS, stacked=net.stacked), outputs=True
-        ),
+        "in_eigenbasis, every 20": every(20, net, newton, outputs=True),
+        "in_eigenbasis, every 20, own rate": every(20, net, own_rate, outputs=True),
         "optax sophia": sophia(1),
         "optax sophia, every 10": sophia(10),
     }

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+import optax
 
 LOOP = 0.03  # seconds for which a step is repeated within its turn, at least once
 SLOW = 10.0  # times the baseline; slower contenders are timed in fewer rounds
@@ -26,7 +28,7 @@ def default_platform() -> str:
 
 
 def pin_to_one_core() -> None:
-    """Run on one core and one thread from now on. Call it before JAX is imported."""
+    """Run on one core and one thread from now on. Call it before JAX computes."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -36,9 +38,6 @@ def pin_to_one_core() -> None:
 
 def machine() -> dict[str, Any]:
     """Describe what the numbers were measured on."""
-    import jax
-    import optax
-
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text("utf-8").splitlines() if cpus.exists() else []
     models = [x.split(":")[1].strip() for x in lines if x.startswith("model name")]
@@ -148,7 +147,5 @@ def compare(contenders: Sequence[Contender], rounds: int) -> dict[str, dict[str,
 
 def _clock() -> float:
     """Read the time: that of this process alone, if it runs pinned to one CPU core."""
-    import jax
-
     on_cpu = jax.default_backend() == "cpu"
     return time.process_time() if on_cpu else time.perf_counter()

@@ -10,7 +10,7 @@ import pytest
 
 import benchmarks
 from benchmarks import networks
-from benchmarks.ahead_of_time import programs, targets
+from benchmarks.ahead_of_time import programs
 
 RESULTS = pathlib.Path(benchmarks.__file__).parent / "results"
 # As compilers for CPU, TPU and CUDA write them.
@@ -35,7 +35,7 @@ def test_collectives_are_counted_by_their_results():
     }
 
 
-@pytest.mark.parametrize("way", targets.WAYS)
+@pytest.mark.parametrize("way", programs.WAYS)
 def test_a_step_is_compiled_in_every_way(way):
     """For the CPU's devices; rows of the batch are dealt out, and what the way says."""
     net = networks.mlp((64, 64, 8), batch=16)
