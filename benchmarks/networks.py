@@ -7,6 +7,7 @@ and a loss of ``(params, *batch)`` that returns ``((loss, outputs), new_statisti
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -46,9 +47,9 @@ def mlp(widths: tuple[int, ...] = (784, 512, 512, 10), batch: int = 128) -> Netw
     return Network(params, (x, y), loss_fn)
 
 
-def gpt(layers: int = 2, width: int = 128, heads: int = 4, batch: int = 8) -> Network:
+def gpt(layers: int = 2) -> Network:
     """Return a decoder-only transformer with learned positions."""
-    length, vocabulary = 128, 65
+    width, heads, batch, length, vocabulary = 128, 4, 8, 128, 65
     keys = iter(jax.random.split(jax.random.key(0), 6 * layers + 4))
 
     def block() -> Params:
@@ -71,39 +72,28 @@ def gpt(layers: int = 2, width: int = 128, heads: int = 4, batch: int = 8) -> Ne
     tokens = jax.random.randint(next(keys), (batch, length + 1), 0, vocabulary)
     mask = jnp.tril(jnp.ones((length, length), bool))
 
-    def attend(x: jax.Array, p: Params) -> jax.Array:
-        b, t, _ = x.shape
-        qkv = jnp.dot(x, p["qkv"]).reshape(b, t, 3, heads, width // heads)
-        q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
+    def attend(*qkv: jax.Array) -> jax.Array:
+        q, k, v = (x.swapaxes(1, 2) for x in qkv)
         scores = jnp.einsum("bhtd,bhsd->bhts", q, k) / (width // heads) ** 0.5
         weights = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1)
-        mixed = jnp.einsum("bhts,bhsd->bhtd", weights, v)
-        return jnp.dot(mixed.swapaxes(1, 2).reshape(b, t, width), p["out"])
+        return jnp.einsum("bhts,bhsd->bhtd", weights, v).swapaxes(1, 2)
 
     def loss_fn(params: Params, tokens: jax.Array) -> Any:
         x = params["embedding"][tokens[:, :-1]] + params["positions"]
         for p in params["blocks"]:
-            x = x + attend(_layer_norm(x, p["norm1"]), p)
-            hidden = jax.nn.gelu(jnp.dot(_layer_norm(x, p["norm2"]), p["up"]))
-            x = x + jnp.dot(hidden, p["down"])
+            x = _block(x, p, width // heads, attend)
         logits = jnp.dot(_layer_norm(x, params["norm"]), params["head"])
         return (LOSS(logits, tokens[:, 1:]), logits), ()
 
     return Network(params, (tokens,), loss_fn)
 
 
-def gpt2(
-    layers: int = 12,
-    width: int = 768,
-    vocabulary: int = 50304,
-    length: int = 1024,
-    batch: int = 8,
-) -> Network:
+def gpt2() -> Network:
     """Return GPT-2 small with stacked layers, as shapes only; it computes in bfloat16.
 
     Without biases, and its vocabulary is made a multiple of 128.
     """
-    head = 64  # entries of each head of attention
+    layers, width, batch, length, vocabulary = 12, 768, 8, 1024, 50304
     shapes = {
         "embedding": (vocabulary, width),
         "positions": (length, width),
@@ -123,17 +113,11 @@ def gpt2(
         is_leaf=lambda x: isinstance(x, tuple),
     )
     tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32)
+    attend = partial(jax.nn.dot_product_attention, is_causal=True)
 
     def block(x: jax.Array, p: Params) -> tuple[jax.Array, None]:
         p = jax.tree.map(lambda w: w.astype(x.dtype), p)
-        b, t, _ = x.shape
-        qkv = jnp.dot(_layer_norm(x, p["norm1"]), p["qkv"]).reshape(b, t, 3, -1, head)
-        mixed = jax.nn.dot_product_attention(
-            qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], is_causal=True
-        )
-        x = x + jnp.dot(mixed.reshape(b, t, width), p["out"])
-        hidden = jax.nn.gelu(jnp.dot(_layer_norm(x, p["norm2"]), p["up"]))
-        return x + jnp.dot(hidden, p["down"]), None
+        return _block(x, p, 64, attend), None
 
     def loss_fn(params: Params, tokens: jax.Array) -> Any:
         embedding = params["embedding"].astype(jnp.bfloat16)
@@ -149,31 +133,23 @@ def gpt2(
     return Network(params, (tokens,), loss_fn, stacked)
 
 
-def resnet(blocks_per_stage: int = 1, batch: int = 32) -> Network:
+def resnet(blocks_per_stage: int = 1) -> Network:
     """Return a CIFAR ResNet of 6n + 2 layers with batch normalisation."""
-    keys = iter(jax.random.split(jax.random.key(0), 100))
-    widths = (16, 32, 64)
-
-    def conv(size: int, m: int, n: int) -> jax.Array:
-        scale = (2 / (size * size * m)) ** 0.5
-        return scale * jax.random.normal(next(keys), (size, size, m, n))
+    keys, batch = iter(jax.random.split(jax.random.key(0), 100)), 32
+    widths = [16, *(n for n in (16, 32, 64) for _ in range(blocks_per_stage))]
 
     def unit(size: int, m: int, n: int) -> Params:
-        return {"conv": conv(size, m, n), "scale": jnp.ones(n), "bias": jnp.zeros(n)}
+        conv = jax.random.normal(next(keys), (size, size, m, n))
+        conv *= (2 / (size * size * m)) ** 0.5
+        return {"conv": conv, "scale": jnp.ones(n), "bias": jnp.zeros(n)}
 
-    stages, m = [], 16
-    for n in widths:
-        stage = []
-        for _ in range(blocks_per_stage):
-            block = {"a": unit(3, m, n), "b": unit(3, n, n)}
-            if m != n:
-                block["skip"] = unit(1, m, n)
-            stage.append(block)
-            m = n
-        stages.append(stage)
+    def block(m: int, n: int) -> Params:
+        both = {"a": unit(3, m, n), "b": unit(3, n, n)}
+        return both if m == n else both | {"skip": unit(1, m, n)}
+
     params = {
+        "residual": [block(m, n) for m, n in itertools.pairwise(widths)],
         "stem": unit(3, 3, 16),
-        "stages": stages,
         "head": {"w": _dense(next(keys), 64, 10), "b": jnp.zeros(10)},
     }
     x = jax.random.normal(next(keys), (batch, 32, 32, 3))
@@ -194,12 +170,11 @@ def resnet(blocks_per_stage: int = 1, batch: int = 32) -> Network:
             return x * p["scale"] + p["bias"]
 
         x = jax.nn.relu(apply(params["stem"], x))
-        for i, stage in enumerate(params["stages"]):
-            for j, p in enumerate(stage):
-                stride = 2 if i > 0 and j == 0 else 1
-                skip = apply(p["skip"], x, stride) if "skip" in p else x
-                hidden = jax.nn.relu(apply(p["a"], x, stride))
-                x = jax.nn.relu(apply(p["b"], hidden) + skip)
+        for p in params["residual"]:
+            stride = 2 if "skip" in p else 1
+            skip = apply(p["skip"], x, stride) if "skip" in p else x
+            hidden = jax.nn.relu(apply(p["a"], x, stride))
+            x = jax.nn.relu(apply(p["b"], hidden) + skip)
         x = jnp.mean(x, axis=(1, 2))
         logits = jnp.dot(x, params["head"]["w"]) + params["head"]["b"]
         return (LOSS(logits, y), logits), statistics
@@ -207,12 +182,24 @@ def resnet(blocks_per_stage: int = 1, batch: int = 32) -> Network:
     return Network(params, (x, y), loss_fn)
 
 
-NETWORKS: dict[str, Callable[..., Network]] = {
+NETWORKS: dict[str, Callable[[], Network]] = {
     "MLP": mlp,
     "GPT": gpt,
     "ResNet-8": resnet,
-    "ResNet-20": lambda **options: resnet(3, **options),
+    "ResNet-20": partial(resnet, 3),
 }
+
+
+def _block(
+    x: jax.Array, p: Params, head: int, attend: Callable[..., jax.Array]
+) -> jax.Array:
+    """Apply a block of a transformer, with heads of so many entries."""
+    b, t, width = x.shape
+    qkv = jnp.dot(_layer_norm(x, p["norm1"]), p["qkv"]).reshape(b, t, 3, -1, head)
+    mixed = attend(*(qkv[:, :, i] for i in range(3)))
+    x = x + jnp.dot(mixed.reshape(b, t, width), p["out"])
+    hidden = jax.nn.gelu(jnp.dot(_layer_norm(x, p["norm2"]), p["up"]))
+    return x + jnp.dot(hidden, p["down"])
 
 
 def _dense(key: jax.Array, m: int, n: int) -> jax.Array:
