@@ -38,7 +38,6 @@ class ResNet8(nn.Module):
     """A residual network; statistics are those of the batch in evaluation too."""
 
     n_classes: int
-    widths: tuple[int, ...] = (8, 16, 32)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -50,8 +49,8 @@ class ResNet8(nn.Module):
             # Batch normalisation, without averages of the statistics.
             return nn.LayerNorm(reduction_axes=(0, 1, 2), feature_axes=-1)(x)
 
-        x = nn.relu(unit(x, self.widths[0], 3, 2))
-        for i, width in enumerate(self.widths):
+        x = nn.relu(unit(x, 8, 3, 2))
+        for i, width in enumerate((8, 16, 32)):
             stride = 1 if i == 0 else 2
             y = unit(nn.relu(unit(x, width, 3, stride)), width, 3)
             x = nn.relu(y + (x if i == 0 else unit(x, width, 1, stride)))

@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.training import protocol, report
-from benchmarks.training.contenders import CONTENDERS
+from benchmarks.training.contenders import CONTENDERS, VARIANTS
 from benchmarks.training.published import PUBLISHED_TASKS
 from benchmarks.training.tasks import TASKS as OWN_TASKS
 from benchmarks.training.tasks import Task
-from benchmarks.training.variants import VARIANTS
 
 TASKS = OWN_TASKS | PUBLISHED_TASKS
 ALL = CONTENDERS | VARIANTS
@@ -101,12 +100,8 @@ def compare(
     task: Task, args: argparse.Namespace, steps: int, others: dict[str, Any]
 ) -> dict[str, Any]:
     """Search the rates of the contenders and run them, at equal steps and time."""
-    names = [  # AdamW is always there: all else is compared with it
-        name
-        for name, contender in ALL.items()
-        if contender.suits(task)
-        and (name in (args.only or CONTENDERS) or name == "AdamW")
-    ]
+    chosen = {"AdamW", *(args.only or CONTENDERS)}  # all else is compared with it
+    names = [n for n, contender in ALL.items() if n in chosen and contender.suits(task)]
     trains = {name: protocol.make_train(task, ALL[name]) for name in names}
     entries: dict[str, Any] = {}
     for name in track(names, "searching learning rates", console=CONSOLE):

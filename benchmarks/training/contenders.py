@@ -6,6 +6,7 @@ of the steps, then a cosine to zero.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,31 +35,18 @@ MakeEstimator = Callable[[Task, jax.Array], optax.GradientTransformation]
 
 
 class Contender(NamedTuple):
-    """An optimizer with one setting of everything but the learning rate.
-
-    Attributes:
-      make: ``(learning_rate, task, key)`` to the transformation.
-      start: the learning rate in whose neighbourhood the search begins.
-      curvature: what the estimator in the transformation is of: the ``"loss"``, the
-        ``"outputs"``, or nothing.
-      kept: ``(task, key)`` to an estimator outside of the transformation, which is
-        handed the last estimate on every update.
-      update_interval: how often the curvature is estimated,
-      initial_refreshes: and on how many first steps.
-      own_rate: whether it finds the length of its steps itself: no rate is searched.
-      whole_batch: whether it takes a batch that never changes.
-      line_search: whether it is handed what ``optax.lbfgs`` searches with.
-    """
+    """An optimizer with one setting of everything but the learning rate."""
 
     make: Make
-    start: float = 1e-2
-    curvature: str = ""
+    start: float = 1e-2  # the rate in whose neighbourhood the search begins
+    curvature: str = ""  # its estimator is of the "loss", the "outputs", or not there
+    # An estimator outside of it, whose last estimate it is handed on every update.
     kept: MakeEstimator | None = None
-    update_interval: int = 1
-    initial_refreshes: int = 0
-    own_rate: bool = False
-    whole_batch: bool = False
-    line_search: bool = False
+    update_interval: int = 1  # how often the curvature is estimated,
+    initial_refreshes: int = 0  # and on how many first steps
+    own_rate: bool = False  # it finds the length of its steps: no rate is searched
+    whole_batch: bool = False  # it takes a batch that never changes
+    line_search: bool = False  # it is handed what ``optax.lbfgs`` searches with
 
     def suits(self, task: Task) -> bool:
         """Whether it can be run on a task."""
@@ -69,14 +57,9 @@ class Contender(NamedTuple):
         return (step < self.initial_refreshes) | (step % self.update_interval == 0)
 
 
-def hutchinson(task: Task, key: jax.Array) -> optax.GradientTransformation:
-    """Return the published estimator."""
-    return ah.hutchinson(seed=key)
-
-
-def gaussian(task: Task, key: jax.Array) -> optax.GradientTransformation:
-    """Return the third published form's estimator, without its control variate."""
-    return ah.hutchinson(probe="normal", seed=key)
+def hutchinson(probe: str = "rademacher") -> MakeEstimator:
+    """Return the published estimator; the third form's has normal probes."""
+    return lambda task, key: ah.hutchinson(probe=probe, seed=key)
 
 
 def gauss_newton(task: Task, key: jax.Array) -> optax.GradientTransformation:
@@ -128,7 +111,7 @@ def zack_dugue(eps: float = 1e-8) -> Make:
         eps=eps,
         hessian_ema="mean",
         hessian_power=0.5,
-        estimator=gaussian(task, key),
+        estimator=ah.hutchinson(probe="normal", seed=key),
         weight_decay=task.weight_decay,
     )
 
@@ -173,6 +156,24 @@ def newton(*, own_rate: bool = False, whole: bool = False, **options: Any) -> Co
     )
 
 
+def parts_of_newton(
+    turned: Callable[..., Any] = ah.in_eigenbasis, **options: Any
+) -> Contender:
+    """Return the parts of ``ah.newton``, in axes of whatever kind."""
+    settings = {"b1": 0.85, "b2": 0.9, "clip_threshold": 0.3, "nesterov": True}
+
+    def make(learning_rate: Any, task: Task, key: jax.Array) -> Any:
+        return ah.adahessian(
+            learning_rate,
+            hessian_ema="mean",
+            estimator=turned(gauss_newton(task, key)),
+            weight_decay=task.weight_decay,
+            **settings | SCHEDULE | options,
+        )
+
+    return Contender(make, 0.03, "outputs", **SCHEDULE)
+
+
 def delayed(make: Make, estimator: MakeEstimator, start: float = 0.3) -> Contender:
     """Let an average move on every step, by estimates of every tenth."""
     return Contender(
@@ -197,9 +198,9 @@ CONTENDERS: dict[str, Contender] = {
     "AdaHessian, paper": Contender(paper, 0.3, "loss"),
     "AdaHessian, davda54": Contender(davda54, 0.3, "loss"),
     "AdaHessian, Zack-Dugue": Contender(zack_dugue(), 0.3, "loss"),
-    "paper, delayed": delayed(paper, hutchinson),
-    "davda54, delayed": delayed(davda54, hutchinson),
-    "Zack-Dugue, delayed": delayed(zack_dugue(), gaussian),
+    "paper, delayed": delayed(paper, hutchinson()),
+    "davda54, delayed": delayed(davda54, hutchinson()),
+    "Zack-Dugue, delayed": delayed(zack_dugue(), hutchinson("normal")),
     "Gauss-Newton, clipped": delayed(clipped, gauss_newton, 0.03),
     "newton": newton(),
     "newton, own rate": newton(own_rate=True),
@@ -207,4 +208,31 @@ CONTENDERS: dict[str, Contender] = {
         own_rate=True, whole=True, update_interval=10, clip_threshold=0.1
     ),
     "soap": plain(ah.soap),
+}
+
+# What was tried on the way to what is recommended; only run if it is asked for.
+VARIANTS: dict[str, Contender] = {
+    "Zack-Dugue, eps=0.01": Contender(zack_dugue(0.01), 0.3, "loss"),
+    "Zack-Dugue, eps=0.01, delayed": delayed(zack_dugue(0.01), hutchinson("normal")),
+    "newton, clip 0.1": newton(clip_threshold=0.1),
+    "newton, clip 1": newton(clip_threshold=1.0),
+    "newton, b1=0.9, no lookahead": parts_of_newton(b1=0.9, nesterov=False),
+    "newton, axes of factors": parts_of_newton(
+        partial(ah.in_eigenbasis, axes_from="factors", decay=0.98)
+    ),
+    "newton, own axes": parts_of_newton(lambda estimator: estimator),
+    "newton, square root": parts_of_newton(hessian_power=0.5, clip_threshold=None),
+    "soap, b1=0.9, no lookahead": plain(
+        ah.adahessian,
+        b1=0.9,
+        b2=0.95,
+        hessian_ema="mean",
+        hessian_power=0.5,
+        estimator=ah.in_eigenbasis(ah.squared_gradient()),
+    ),
+    "soap, b1=0.9": plain(ah.soap, b1=0.9),
+    "soap, b2=0.99": plain(ah.soap, b2=0.99),
+    "soap, short axes only": plain(ah.soap, n_vectors=0),
+    "soap, 2 vectors": plain(ah.soap, n_vectors=2),
+    "soap, 32 vectors": plain(ah.soap, n_vectors=32),
 }

@@ -30,11 +30,6 @@ class Run(NamedTuple):
     validation: list[float]
     seconds: float
 
-    @property
-    def score(self) -> float:
-        """The final validation loss, infinite if the run diverged."""
-        return self.validation[-1] if math.isfinite(self.validation[-1]) else math.inf
-
 
 Train = Callable[..., Run]
 
@@ -128,22 +123,19 @@ def differentiate(
     """
     params, state, kept, (_, key) = carry
 
-    def loss_only(p: Any) -> jax.Array:
+    def loss_only(p: Any, batch: Any = batch) -> jax.Array:
         return task.loss_fn(p, batch)[0]
 
     def predict_fn(p: Any, parts: int = PARTS) -> Any:
         part = jax.tree.map(lambda x: x[: max(1, len(x) // parts)], batch)
         return task.loss_fn(p, part)[1]
 
-    def loss_fn(p: Any, batch: Any) -> Any:
-        loss, outputs = task.loss_fn(p, batch)
-        return (loss, outputs) if contender.curvature == "outputs" else loss
-
     if contender.line_search:
         value_and_grad = optax.value_and_grad_from_state(loss_only)
         value, grads = value_and_grad(params, state=state)
         return grads, {"value": value, "grad": grads, "value_fn": loss_only}, kept
     if contender.curvature:
+        loss_fn = task.loss_fn if contender.curvature == "outputs" else loss_only
         fused = ah.value_and_grad_with_curvature(loss_fn, tx)
         _, grads, curvature = fused(params, batch, state=state, refresh=refresh)
         more = {"curvature": curvature, "grad": grads, "predict_fn": predict_fn}
@@ -181,10 +173,11 @@ def make_evaluate(task: Task) -> Callable[[Any], tuple[float, float]]:
 
 
 def tuning_loss(train: Train, task: Task, steps: int, peak: float) -> float:
-    """Return the geometric mean of the scores of a learning rate."""
+    """Return the geometric mean of final losses, infinite if a run diverged."""
     seeds = range(TUNING_SEED, TUNING_SEED + task.tuning_seeds)
-    scores = [train(peak, seed, steps).score for seed in seeds]
-    return math.exp(sum(map(math.log, scores)) / len(scores))
+    losses = [train(peak, seed, steps).validation[-1] for seed in seeds]
+    losses = [x if math.isfinite(x) else math.inf for x in losses]
+    return math.exp(sum(map(math.log, losses)) / len(losses))
 
 
 def search(

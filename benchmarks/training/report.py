@@ -132,28 +132,19 @@ def table(result: Result) -> str:
 
 def beside_published(result: Result) -> str:
     """Lay out what is reported after some steps beside published figures, if any."""
-    if result["task"] not in PUBLISHED:
+    task = result["task"]
+    if task not in PUBLISHED:
         return ""
-    source, figures = PUBLISHED[result["task"]]
-    known = {step for row in figures.values() for step in row}
-    steps = sorted(step for step in known if step <= result["steps"])
-    rows = {
-        f"{name}, published": [row.get(step, math.nan) for step in steps]
-        for name, row in figures.items()
-    }
+    source, figures = PUBLISHED[task]
+    steps = sorted({k for row in figures.values() for k in row if k <= result["steps"]})
+    rows = {f"{name}, published": row for name, row in figures.items()}
     for name, entry in result["contenders"].items():
         runs = entry["equal steps"]
-        at = {step: i for i, step in enumerate(runs[0]["steps"])}
         curve = np.exp(np.mean([np.log(run["validation"]) for run in runs], axis=0))
-        rows[name] = [curve[at[step]] if step in at else math.nan for step in steps]
-    cells = {
-        name: [f"{x:.4g}" if math.isfinite(x) else "-" for x in row]
-        for name, row in rows.items()
-    }
-    columns = [f"{step:,} steps" for step in steps]
-    table = pd.DataFrame.from_dict(cells, orient="index", columns=columns)
-    task = result["task"]
-    return f"\n`{task}` beside published figures ({source}):\n\n{markdown(table)}"
+        rows[name] = dict(zip(runs[0]["steps"], curve, strict=False))
+    frame = pd.DataFrame(rows).reindex(steps).T.map("{:.4g}".format, na_action="ignore")
+    table = markdown(frame.fillna("-").rename(columns="{:,} steps".format))
+    return f"\n`{task}` beside published figures ({source}):\n\n{table}"
 
 
 def across_tasks(

@@ -28,40 +28,24 @@ Function = Callable[..., jax.Array]
 
 
 class Task(NamedTuple):
-    """What to train, on what, and how to judge it.
+    """What to train, on what, and how to judge it."""
 
-    Attributes:
-      init: a key to parameters.
-      forward: parameters and a batch to the network's outputs and their labels.
-      loss: of outputs and labels.
-      train: arrays of training examples along their first axes.
-      validation: the same of examples to choose learning rates by and to report.
-      batch_size: how many training examples are in a batch; None for all of them.
-      steps: how many updates a run has.
-      loops: whether steps are taken one by one from Python, with the refresh chosen
-        there, because XLA's CPU compiler slows convolutions down inside a loop.
-      tuning_seeds: how many runs a learning rate is judged by; several where they are
-        short.
-      evaluated: how many examples, at most, training and validation losses are of.
-      weight_decay: of all optimizers, at AdamW's rate.
-      metric: what is reported of validation examples in place of the loss, from
-        parameters and examples; less is better.
-      x64: whether in double precision.
-    """
-
-    init: Callable[[jax.Array], Params]
-    forward: Callable[[Params, Any], tuple[jax.Array, jax.Array]]
-    loss: ah.losses.Loss
-    train: Any
-    validation: Any
-    batch_size: int | None
-    steps: int
+    init: Callable[[jax.Array], Params]  # from a key
+    forward: Callable[[Params, Any], tuple[jax.Array, jax.Array]]  # outputs and labels
+    loss: ah.losses.Loss  # of the two
+    train: Any  # arrays of examples along their first axes
+    validation: Any  # the same, to choose learning rates by and to report
+    batch_size: int | None  # None for all examples
+    steps: int  # updates of a run
+    # Whether steps are taken one by one from Python, with the refresh chosen there,
+    # because XLA's CPU compiler slows convolutions down inside a loop.
     loops: bool = False
-    tuning_seeds: int = 1
-    evaluated: int = 500
-    weight_decay: float = 1e-4
+    tuning_seeds: int = 1  # runs that a learning rate is judged by, more if short
+    evaluated: int = 500  # examples, at most, that reported losses are of
+    weight_decay: float = 1e-4  # of all optimizers, at AdamW's rate
+    # What is reported of validation examples in place of the loss; less is better.
     metric: Callable[[Params, Any], jax.Array] | None = None
-    x64: bool = False
+    x64: bool = False  # in double precision
 
     def loss_fn(self, params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
         """Return the loss of a batch, and the outputs."""
@@ -79,20 +63,20 @@ def images() -> tuple[Examples, Examples, int]:
 def cnn() -> Task:
     """Return a small convolutional network for images."""
     train, validation, n_classes = images()
-    return _classifier(ConvNet(n_classes), train, validation, loops=True)
+    return _on_examples(ConvNet(n_classes), train, validation, loops=True)
 
 
 def resnet8() -> Task:
     """Return a ResNet of 8 layers with batch normalisation, for images."""
     train, validation, n_classes = images()
-    return _classifier(ResNet8(n_classes), train, validation, loops=True)
+    return _on_examples(ResNet8(n_classes), train, validation, loops=True)
 
 
 def transformer() -> Task:
     """Return a decoder-only transformer for Shakespeare's characters."""
     data = load_shakespeare()
     model = CharTransformer(data.n_classes, n_layers=2)
-    return _classifier(model, data.train, thin(data.test, 256), batch_size=16)
+    return _on_examples(model, data.train, thin(data.test, 256), batch_size=16)
 
 
 def autoencoder() -> Task:
@@ -104,16 +88,8 @@ def autoencoder() -> Task:
         x = batch.inputs.reshape(len(batch.inputs), -1)
         return model.apply(params, x), x
 
-    return Task(
-        init=lambda key: model.init(key, jnp.zeros((1, 784))),
-        forward=forward,
-        loss=ah.losses.squared_error,
-        train=train,
-        validation=validation,
-        batch_size=128,
-        steps=1000,
-        evaluated=2000,
-    )
+    options = {"loss": ah.losses.squared_error, "steps": 1000, "evaluated": 2000}
+    return _on_examples(model, train, validation, forward, **options)
 
 
 def diamonds() -> Task:
@@ -134,17 +110,9 @@ def diamonds() -> Task:
     def forward(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
         return model.apply(params, batch.inputs)[:, 0], batch.labels
 
-    return Task(
-        init=lambda key: model.init(key, train.inputs[:1]),
-        forward=forward,
-        loss=ah.losses.squared_error,
-        train=train,
-        validation=validation,
-        batch_size=256,
-        steps=1000,
-        tuning_seeds=3,
-        evaluated=10_000,
-    )
+    options = {"loss": ah.losses.squared_error, "batch_size": 256, "steps": 1000}
+    options |= {"tuning_seeds": 3, "evaluated": 10_000}
+    return _on_examples(model, train, validation, forward, **options)
 
 
 def poisson() -> Task:
@@ -207,23 +175,25 @@ _MAKERS += (poisson, burgers, diamonds, quadratic)
 TASKS: dict[str, Callable[[], Task]] = {make.__name__: make for make in _MAKERS}
 
 
-def _classifier(
+def _on_examples(
     model: nn.Module,
     train: Examples,
     validation: Examples,
-    batch_size: int = 128,
-    loops: bool = False,
+    forward: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Task:
-    """Return a task for a network with logits."""
+    """Return a task for a network with logits, or with what ``forward`` returns."""
+
+    def logits(params: Params, batch: Examples) -> tuple[jax.Array, jax.Array]:
+        return model.apply(params, batch.inputs), batch.labels
+
+    loss = ah.losses.softmax_cross_entropy
     return Task(
         init=lambda key: model.init(key, train.inputs[:1]),
-        forward=lambda params, batch: (model.apply(params, batch.inputs), batch.labels),
-        loss=ah.losses.softmax_cross_entropy,
+        forward=forward or logits,
         train=train,
         validation=validation,
-        batch_size=batch_size,
-        steps=500,
-        loops=loops,
+        **{"loss": loss, "batch_size": 128, "steps": 500} | options,
     )
 
 
