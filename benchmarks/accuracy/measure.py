@@ -97,12 +97,11 @@ def choose_coordinates(
 
 
 def draw(
-    step: Any, known: tuple[Any, Any, list[Any]], keys: Any, where: Any = slice(None)
+    step: Any, states: list[Any], keys: Any, *known: Any, where: Any = slice(None)
 ) -> np.ndarray:
     """Draw independent estimates, dividing the draws among the states."""
-    params, batch, states = known
     chosen = [states[i % len(states)]._replace(key=k) for i, k in enumerate(keys)]
-    return np.stack([np.asarray(step(params, batch, s)[0])[where] for s in chosen])
+    return np.stack([np.asarray(step(*known, s)[0])[where] for s in chosen])
 
 
 def errors(
@@ -129,12 +128,8 @@ def measure_net(net: Net, settings: Settings, seed: int) -> dict[str, Any]:
 
     def fresh_states(seed: int) -> dict[str, list[Any]]:
         keys = jax.random.split(jax.random.PRNGKey(seed), settings.n_states)
-        states = {}
-        for label, estimator in ESTIMATORS.items():
-            state = estimator.transformation.init(run.params)
-            learning = [state._replace(key=k) for k in keys]
-            states[label] = learning if estimator.learns_from else [state]
-        return states
+        first = {k: e.transformation.init(run.params) for k, e in ESTIMATORS.items()}
+        return {k: [s._replace(key=key) for key in keys] for k, s in first.items()}
 
     def measure(params: Any, states: dict[str, list[Any]], step: int) -> dict[str, Any]:
         exact = exact_diagonals(run, params, coordinates)
@@ -143,8 +138,8 @@ def measure_net(net: Net, settings: Settings, seed: int) -> dict[str, Any]:
         for label, estimator in ESTIMATORS.items():
             key = jax.random.PRNGKey(seed + step)
             keys = jax.random.split(key, n_draws * estimator.draws)
-            known = params, run.batch, states[label]
-            d = draw(compiled[label][0], known, keys, coordinates)
+            known = compiled[label][0], states[label], keys, params, run.batch
+            d = draw(*known, where=coordinates)
             rows[label] = errors(d, exact[estimator.target], weights)
         return {
             "step": step,
@@ -202,7 +197,7 @@ def measure_batch_size(
             learns = bool(ESTIMATORS[label].learns_from)
             if step in at and not (learns and step > LEARNT):
                 keys = jax.random.split(jax.random.PRNGKey(seed + step), draws)
-                d = draw(estimate, (params, run.batch, [states[label]]), keys)
+                d = draw(estimate, [states[label]], keys, params, run.batch)
                 squared = np.sum((d - d.mean(axis=0)) ** 2, axis=1, dtype=float)
                 known[label] = {
                     "variance": float(squared.sum() / (draws - 1)),

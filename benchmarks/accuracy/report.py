@@ -98,9 +98,8 @@ def overview(frame: pd.DataFrame) -> str:
             )
         }
     )
-    table = table.reindex(frame["estimator"].unique())
-    table.index = [f"`{name}`" for name in table.index]
-    return "## Overview\n\nRanges over the networks.\n\n" + markdown(table.fillna("-"))
+    table = table.reindex(frame["estimator"].unique()).rename("`{}`".format).fillna("-")
+    return "## Overview\n\nRanges over the networks.\n\n" + markdown(table)
 
 
 def of_net(name: str, net: Result, frame: pd.DataFrame) -> str:
@@ -117,8 +116,7 @@ def of_net(name: str, net: Result, frame: pd.DataFrame) -> str:
             table[f"{title}, {stage}"] = pivot[column][stage].map(form.format)
     bias = pivot["bias_overall_in_se"]
     table["bias / s.e."] = bias.apply(lambda row: f"{max(row, key=abs):+.1f}", axis=1)
-    table = table.reindex(frame["estimator"].unique())
-    table.index = [f"`{label}`" for label in table.index]
+    table = table.reindex(frame["estimator"].unique()).rename("`{}`".format)
     stages = " ".join(
         f"{stage.capitalize()}: step {m['step']}, loss {m['loss']:.4f}, ‖diag H - diag"
         f" G‖ / ‖diag H‖ = {m['relative_difference_of_diagonals']:.2g}."
@@ -130,8 +128,7 @@ def of_net(name: str, net: Result, frame: pd.DataFrame) -> str:
 
 def plot(frame: pd.DataFrame, path: Path) -> None:
     """Draw error against cost, one panel for each net, a line through the stages."""
-    frame = frame[frame["estimator"].isin(LABELS)]
-    frame = frame.assign(estimator=frame["estimator"].map(LABELS))
+    frame = frame.assign(estimator=frame["estimator"].map(LABELS)).dropna()
     order = {"hue_order": LABELS.values(), "style_order": LABELS.values()}
     look = {"palette": COLORS, "markers": MARKERS, "dashes": False, "markersize": 7}
     grid = sns.relplot(
@@ -150,13 +147,12 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
         **order,
         **look,
     )
-    grid.set(xscale="log", yscale="log", xlim=(0.38, 13), xticks=(0.5, 1, 2, 5, 10))
-    low, high = grid.axes.flat[0].get_ylim()
+    grid.set(xscale="log", xlim=(0.38, 13), xticks=(0.5, 1, 2, 5, 10))
+    grid.set(yscale="log", yticks=(0.5, 1, 2, 5, 10, 20, 50))
+    x, look = np.array([0.3, 20]), {"color": "#dddddd", "linewidth": 0.9, "zorder": 0}
     for ax in grid.axes.flat:
         for product in (0.1, 1, 10, 100, 1000, 10000):
-            x = np.array([0.3, 20])
-            ax.plot(x, (product / x) ** 0.5, color="#dddddd", linewidth=0.9, zorder=0)
-        ax.set(ylim=(low, high), yticks=(0.5, 1, 2, 5, 10, 20, 50))
+            ax.plot(x, (product / x) ** 0.5, **look, scalex=False, scaley=False)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()

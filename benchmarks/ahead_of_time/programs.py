@@ -30,13 +30,7 @@ _TPU = {  # the compiler for a TPU asks its host for these
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-_COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-)
+_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 _ROWS = {  # of the table of costs, what is compiled here: its name and which program
     "optax.adam": ("optax.adam", 0),
     "optax sophia": ("optax sophia", 0),
@@ -121,9 +115,8 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
 
     The megabytes are those of the results on one device.
     """
-    kinds = "|".join(_COLLECTIVES)
     found: dict[str, dict[str, float]] = collections.defaultdict(dict)
-    pattern = rf"= (.*?) ({kinds})(-start)?\(.*?channel_id=(\d+)"
+    pattern = rf"= (.*?) ({_COLLECTIVES})(-start)?\(.*?channel_id=(\d+)"
     for result, kind, start, channel in re.findall(pattern, text):
         if start and result.startswith("(("):  # of operands and results
             result = result.split("), ", 1)[1]

@@ -17,22 +17,15 @@ Step = Callable[..., Any]
 
 
 class Recipe(NamedTuple):
-    """An optimizer and one or more steps with it.
+    """An optimizer and one or more steps with it."""
 
-    Attributes:
-      tx: something with an ``init`` of the parameters.
-      steps: functions ``(params, state, *batch)`` to ``(params, state, ...)``.
-      shares: what fraction of all steps each of them is.
-      cycle: after how many calls a single step has done all that it does.
-      loops: whether there is a gradient inside a loop or branch: the compiler does not
-        count its FLOPs as they are executed, and on CPU XLA does not optimise
-        convolutions there.
-    """
-
-    tx: Any
-    steps: tuple[Step, ...]
-    shares: tuple[float, ...] = (1.0,)
-    cycle: int = 1
+    tx: Any  # something with an ``init`` of the parameters
+    steps: tuple[Step, ...]  # ``(params, state, *batch)`` to ``(params, state, ...)``
+    shares: tuple[float, ...] = (1.0,)  # what fraction of all steps each of them is
+    cycle: int = 1  # after how many calls a single step has done all that it does
+    # Whether there is a gradient inside a loop or branch: the compiler does not count
+    # its FLOPs as they are executed, and on CPU XLA does not optimise convolutions
+    # there.
     loops: bool = False
 
 
@@ -160,4 +153,4 @@ def prepare(name: str, recipe: Recipe, params: Any, batch: Sequence[Any]) -> Con
         usage = compiled.memory_analysis()
         memory = max(memory, usage.temp_size_in_bytes if usage else 0)
     costs = {"flops": None if recipe.loops else flops, "memory": memory}
-    return Contender(name, programs, (params, state), jax.block_until_ready, costs)
+    return Contender(name, programs, (params, state), costs)

@@ -22,9 +22,7 @@ SLOW_ROUNDS = 3
 def default_platform() -> str:
     """Ask a fresh interpreter for JAX's platform, as this one must be pinned first."""
     command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True
-    ).stdout.split()[-1]
+    return subprocess.check_output(command, text=True).split()[-1]
 
 
 def pin_to_one_core() -> None:
@@ -78,13 +76,12 @@ class Contender:
         name: str,
         programs: Sequence[Program],
         carry: Any,
-        wait: Callable[[Any], Any],
         costs: dict[str, float | None] | None = None,
     ) -> None:
-        """Take the programs, their first carry, and a function that waits for one."""
+        """Take the programs and their first carry."""
         self.name, self.costs = name, costs or {}
         self.seconds: list[float] = []
-        self._programs, self._carry, self._wait = programs, carry, wait
+        self._programs, self._carry = programs, carry
         self._repeats = [program.cycle for program in programs]
 
     def warm_up(self) -> float:
@@ -109,7 +106,7 @@ class Contender:
         start = _clock()
         for _ in range(n):
             self._carry = program.step(self._carry)
-        self._wait(self._carry)
+        jax.block_until_ready(self._carry)
         return (_clock() - start) / n
 
 

@@ -106,7 +106,7 @@ def contenders(network: str) -> list[Contender]:
             optimizer.step()
             return count + 1
 
-        return Contender(name, [Program(step, cycle=interval or 1)], 0, lambda n: n)
+        return Contender(name, [Program(step, cycle=interval or 1)], 0)
 
     return [
         contender("torch.optim.Adam", None),

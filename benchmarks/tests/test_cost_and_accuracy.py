@@ -10,9 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("flax")
-pytest.importorskip("seaborn")
-
 import benchmarks
 from benchmarks import networks
 from benchmarks.accuracy import measure
