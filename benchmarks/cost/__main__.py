@@ -63,8 +63,7 @@ def scaling(args: argparse.Namespace) -> Cases:
         f"MLP, {784 * n + n**2 + 12 * n:.1e} parameters": partial(mlp, (784, n, n, 10))
         for n in [110, 290, 680, 1390, 2790] + [9600] * args.full
     }
-    for n in (1, 2, 4, 8):
-        cases[f"GPT, {n} layer{'s'[: n > 1]}"] = partial(gpt, n)
+    cases |= {f"GPT, {n} layer{'s'[: n > 1]}": partial(gpt, n) for n in (1, 2, 4, 8)}
     names = ["optax.adam", "every step", "davda54, every 10", "Gauss-Newton"]
     for case, make in cases.items():
         net = make()

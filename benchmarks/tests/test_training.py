@@ -106,8 +106,8 @@ def test_contenders_are_added_to_a_file(tmp_path, monkeypatch, capsys):
     assert third["AdamW"]["search"] == first["AdamW"]["search"]
     again = run("--searched", "--only", "Muon")
     assert again["Muon"]["search"] == second["Muon"]["search"]
-    for key in ("search", "rate", "width"):
-        assert run("--only", "AdamW")["AdamW"][key] == first["AdamW"][key]
+    alone = run("--only", "AdamW")["AdamW"]
+    assert all(alone[key] == first["AdamW"][key] for key in ("search", "rate", "width"))
     monkeypatch.setattr("benchmarks.training.__main__.CONTENDERS", {"SGD"})
     assert list(run("--first-seed", "5")) == ["SGD", "AdamW"]  # all anew
 

@@ -130,14 +130,11 @@ def clipped(learning_rate: Any, task: Task, key: jax.Array) -> Any:
 SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 
 
-def newton(*, own_rate: bool = False, whole: bool = False, **options: Any) -> Contender:
+def newton(*, own_rate: bool = False, **options: Any) -> Contender:
     """Return ``ah.newton`` as recommended, but for the options.
 
-    At its own rate its decay is AdamW's at a hundred times AdamW's rate. If the batch
-    is ``whole`` and never changes, it has its own momentum, too.
+    At its own rate its decay is AdamW's at a hundred times AdamW's rate.
     """
-    if whole:
-        options |= {"b1": None}
 
     def make(learning_rate: WarmupCosine, task: Task, key: jax.Array) -> Any:
         rate, decay, more = learning_rate, task.weight_decay, options
@@ -151,7 +148,6 @@ def newton(*, own_rate: bool = False, whole: bool = False, **options: Any) -> Co
         1.0 if own_rate else 0.03,
         "outputs",
         own_rate=own_rate,
-        whole_batch=whole,
         **{k: options.get(k, default) for k, default in SCHEDULE.items()},
     )
 
@@ -205,8 +201,8 @@ CONTENDERS: dict[str, Contender] = {
     "newton": newton(),
     "newton, own rate": newton(own_rate=True),
     "newton, own rate and momentum": newton(
-        own_rate=True, whole=True, update_interval=10, clip_threshold=0.1
-    ),
+        own_rate=True, b1=None, update_interval=10, clip_threshold=0.1
+    )._replace(whole_batch=True),
     "soap": plain(ah.soap),
 }
 
