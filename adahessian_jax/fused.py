@@ -63,9 +63,10 @@ def value_and_grad_with_curvature(
       ``optax.partition`` give to the optimizer, where several groups share it.
 
       ``state`` is the optimizer's. ``labels`` are for a curvature that depends on them.
-      ``where`` are weights of rows, by which parts enter a mean, unless ``loss_fn``
-      returns them. ``refresh`` says whether to estimate: True and False compile one of
-      two programs, the fast way for convolutional networks on CPU; None follows the
+      ``where`` are weights of rows in the estimate, and by which parts enter a mean,
+      unless ``loss_fn`` returns them; what ``loss_fn`` returns as the loss is weighted
+      by itself. ``refresh`` says whether to estimate: True and False compile one of two
+      programs, the fast way for convolutional networks on CPU; None follows the
       optimizer's ``update_interval``, inside a ``jax.lax.cond`` if that is above 1.
 
     Raises:
@@ -108,17 +109,25 @@ def value_and_grad_with_curvature(
         refresh: bool | None = None,
         labels: Any = None,
         where: Any = None,
-        **extra_args: Any,
+        **arguments: Any,
     ) -> tuple[Any, optax.Updates, Curvature]:
         """Return value, gradient and curvature of a batch."""
         checks.check_params(params)
-        checks.check_spelling(extra_args, ("state", "refresh", "labels", "where"))
+        checks.check_spelling(arguments, ("state", "refresh", "labels", "where"))
+        if unknown := ", ".join(arguments):
+            raise TypeError(
+                f"unexpected argument {unknown}: loss_fn gets the parameters and the"
+                " batch, and a call takes state, refresh, labels and where beside them."
+                " What else loss_fn takes is given to it before, by functools.partial"
+                " for example."
+            )
         if refresh is not None:
             checks.check_flag("refresh", refresh)
         states = curvature_state.find_states(state)
         curved = masking.masked_in_all(params, [s.nu for s in states])
         averages = estimator.find_averages(tx, params)
         shared = _find_estimator(tx, averages, curved, states)
+        extra_args: dict[str, Any] = {}
         if len(averages) == 1 and not is_traced(averages[0].b2):
             extra_args |= averages[0].handed_on(states[0])
         one = _Pass(loss_fn, has_aux, shared, params, curved, extra_args)
@@ -212,6 +221,8 @@ class _Pass:
             checks.check_scalar("loss_fn", out)
         elif isinstance(out, tuple) and isinstance(out[-1], tuple):
             where = out[-1][-1]
+        elif isinstance(out, tuple) and where is not None:
+            out = *out[:-1], (out[-1], where)
         weight = 1.0 if where is None else jnp.sum(jnp.asarray(where), dtype=float)
         return out, (aux, weight)
 

@@ -224,8 +224,11 @@ VALUE_ERRORS = {
 }
 TYPE_ERRORS = {
     "argument 'objfn': did you mean 'obj_fn'?": lambda: update(objfn=loss),
+    "unexpected argument where: predict_fn returns":
+        lambda: update(NEWTON, predict_fn=predict, where=ONES),
     "mean 'hessian_diag'?": lambda: update(obj_fn=loss, hesian_diag=W),
     "did you mean 'refresh'?": lambda: fused(refesh=False),
+    "unexpected argument train: loss_fn gets": lambda: fused(train=False),
     "refresh must be True or False, got 1.": lambda: fused(refresh=1),
     "mu_dtype must be None or a floating-point dtype (in": lambda: injected(),
     "params['w'] must be an array or a number, got 'a'": lambda: ADA.init({"w": "a"}),
@@ -236,6 +239,7 @@ TYPE_ERRORS = {
     "loss, got dtype int32.": lambda: update(obj_fn=lambda p: jnp.asarray(1)),
     "predict_fn must be a callable": lambda: estimate(GN, predict_fn=W["w"]),
     "or a tuple (outputs, where), got {'b'": lambda: gauss_newton(lambda p: p),
+    "Several outputs make one array": lambda: gauss_newton(lambda p: (p["w"],) * 3),
     "outputs must be floating point": lambda: SQUARED(jnp.arange(3), Y),
     "outputs must be one array": lambda: SQUARED({"a": F}, Y),
     "labels must be one array": lambda: QUARTIC(F, {"a": F}),
@@ -520,6 +524,14 @@ def test_values_inside_jit_are_checked_by_checkify():
         with pytest.raises(ValueError, match=message):
             error.throw()
         jax.jit(step)()  # cannot see values, and does not raise
+
+
+def test_no_index_is_out_of_bounds():
+    """As ``checkify`` sees it, where vectors of a long axis are not known yet."""
+    w, tx = jnp.ones((70, 3)), ah.soap(0.1)
+    step = checkify.checkify(tx.update, errors=checkify.index_checks)
+    error, _ = jax.jit(step)(w, tx.init(w), w)
+    assert error.get() is None
 
 
 def test_a_stale_curvature_inside_jit_gives_nan():

@@ -55,7 +55,8 @@ def linear(p, x):
 
 @pytest.mark.parametrize("unroll", at_once([False, True], [False]))
 @pytest.mark.parametrize(
-    "kind", ["mean", "sum", "masked", "masked hutchinson", "sum hutchinson"]
+    "kind",
+    ["mean", "sum", "masked", "masked by call", "masked hutchinson", "sum hutchinson"],
 )
 def test_parts_of_a_batch_make_up_the_whole(kind, unroll):
     """The estimates are exact here: of one row with one output, or of a diagonal H."""
@@ -64,6 +65,7 @@ def test_parts_of_a_batch_make_up_the_whole(kind, unroll):
     w, y = {"w": jnp.asarray([1.0, 2.0, -1.0])}, jnp.ones(12)
     x = jnp.diag(jnp.arange(1.0, 4))[np.arange(12) % 3]
     where = WHERE if "masked" in kind else None
+    by_call = "hutchinson" in kind or "call" in kind
     estimator = ah.hutchinson() if "hutchinson" in kind else ah.gauss_newton(loss)
     tx = ah.scale_by_adahessian(b2=0.0, hessian_ema="mean", estimator=estimator)
 
@@ -71,14 +73,15 @@ def test_parts_of_a_batch_make_up_the_whole(kind, unroll):
         value = loss(linear(p, x), y, where=where)
         if "hutchinson" in kind:
             return value, jnp.sum(x)
-        outputs = linear(p, x) if where is None else (linear(p, x), where)
+        whole = where is None or by_call
+        outputs = linear(p, x) if whole else (linear(p, x), where)
         return (value, outputs), jnp.sum(x)
 
     options = {"reduction": reduction} if "hutchinson" in kind else {}
     options |= {"has_aux": True, "microbatches": 12, "unroll": unroll}
     fused = ah.value_and_grad_with_curvature(function, tx, **options)
     batch = (x, y) if where is None else (x, y, where)
-    given = {"where": where} if "hutchinson" in kind else {}
+    given = {"where": where} if by_call else {}
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(state, refresh=None):

@@ -120,6 +120,11 @@ class CurvatureAverage:
         checks.check_params(params)
         checks.check_like("updates", updates, params)
         checks.check_spelling(extra_args, _EXTRA_ARGS)
+        if "where" in extra_args:
+            raise TypeError(
+                "unexpected argument where: predict_fn returns weights of rows beside"
+                " the outputs, predict_fn=lambda p: (model.apply(p, x), where)."
+            )
         initial = jax.eval_shape(self._initial, params)
         curvature_state.check_state(state, initial, self.fingerprint)
 

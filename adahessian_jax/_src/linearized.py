@@ -114,12 +114,14 @@ def _explained(predict_fn: Any, params: Any) -> Callable[[Any], Any]:
     return explain("predict_fn", predict_fn, params)
 
 
-def _outputs_and_where(name: str, result: Any) -> tuple[Array, Any]:
-    outputs, where = result if isinstance(result, tuple) else (result, None)
+def _outputs_and_where(name: str, result: Any) -> tuple[Any, Any]:
+    pair = result if isinstance(result, tuple) else (result, None)
+    outputs, where = pair if len(pair) == 2 else (pair, None)
     if not hasattr(outputs, "dtype") or not is_differentiable(outputs):
         raise TypeError(
             f"{name} must return a floating-point array of outputs, or a tuple"
-            f" (outputs, where), got {jax.tree.map(jnp.shape, result)}."
+            f" (outputs, where), got {jax.tree.map(jnp.shape, result)}. Several outputs"
+            " make one array, by jnp.concatenate for example."
         )
     return outputs, where
 
