@@ -364,14 +364,15 @@ SOAPS = {
     "soap": ah.soap(0.02, turn_interval=2),
     "leading": ah.soap(0.02, turn_interval=2, max_dim=4, n_vectors=3),
 }
-SQUARE = {"w": RNG.normal(size=(8, 8)), "b": np.zeros(8)}  # whose axes are unique
+SQUARE = {k: RNG.normal(size=(8, 8)) for k in ("w1", "w2")}  # whose axes are unique
+SQUARE["b"] = np.zeros(8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOAPS)
 @pytest.mark.parametrize("kind", ["Auto", "Explicit", "shard_map"])
 def test_soap_on_devices(kind, name, x64):
-    """Parameters whole, or cut along either axis, end as on one device."""
+    """Parameters whole, or cut along an axis, alike or not, end as on one device."""
     soap = SOAPS[name]
     if kind == "Explicit" and not hasattr(jax, "set_mesh"):
         pytest.skip("this version of JAX has no explicit sharding")
@@ -387,12 +388,16 @@ def test_soap_on_devices(kind, name, x64):
         got, _ = train(on_devices(step), *start, X, Y, 6)
         return assert_close(got, expected)
     mesh = mesh_of(kind=kind)
-    for spec in (P(), P("data"), P(None, "data")):
-        cut = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P())}
+    rows, columns = P("data"), P(None, "data")
+    for specs in ((P(), P()), (rows, rows), (rows, columns), (P(), columns)):
+        pairs = zip(SQUARE, (*specs, P()), strict=True)
+        cut = {k: NamedSharding(mesh, spec) for k, spec in pairs}
         params = jax.device_put(SQUARE, cut)
         batch = jax.device_put((X, Y), NamedSharding(mesh, P()))
         got, _ = train(jax.jit(step), params, soap.init(params), *batch, 6)
-        assert got["w"].sharding.is_equivalent_to(cut["w"], 2)
+        if kind == "Explicit" or specs[0] == specs[1]:  # or else the compiler decides
+            for k in ("w1", "w2"):
+                assert got[k].sharding.is_equivalent_to(cut[k], 2)
         assert_close(got, expected)
 
 
@@ -500,7 +505,8 @@ def test_diagnostics_of_what_explicit_axes_cut(axes, x64):
     soap, whole = SOAPS["leading"], jax.tree.map(jnp.float64, SQUARE)
     with jax.set_mesh(mesh):
         spec = P(*(None if a == "-" else a for a in axes))
-        cut = {"w": NamedSharding(mesh, spec), "b": NamedSharding(mesh, P("a"))}
+        cut = dict.fromkeys(("w1", "w2"), NamedSharding(mesh, spec))
+        cut["b"] = NamedSharding(mesh, P("a"))
         reports = []
         for params in (whole, jax.device_put(whole, cut)):
             updates, state = jax.jit(soap.update)(params, soap.init(params), params)
@@ -508,7 +514,7 @@ def test_diagnostics_of_what_explicit_axes_cut(axes, x64):
             reports += [look(state), jax.jit(look)(state)]
         for report in reports[1:]:
             chex.assert_trees_all_close(report, reports[0], rtol=1e-5)
-        L2.check(lambda f: L2(f, 0 * f), jax.device_put(whole["w"], cut["w"]))
+        L2.check(lambda f: L2(f, 0 * f), jax.device_put(whole["w1"], cut["w1"]))
 
 
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="needs a newer JAX")
@@ -522,7 +528,7 @@ def test_turning_where_only_one_axis_is_manual(x64):
     expected, _ = soap.update(grads, soap.init(SQUARE), SQUARE)
     with jax.set_mesh(mesh):
         w = jax.device_put(SQUARE, NamedSharding(mesh, P()))
-        w["w"] = jax.device_put(SQUARE["w"], NamedSharding(mesh, P(None, "b")))
+        w["w1"] = jax.device_put(SQUARE["w1"], NamedSharding(mesh, P(None, "b")))
 
         def update(state, w):
             return soap.update(w, state, w)[0]

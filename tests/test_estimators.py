@@ -594,6 +594,7 @@ def test_rows_that_never_have_a_gradient_stay(name, dtype):
         (jnp.ones(8, jnp.bfloat16), {}, ((8, 8),)),
         (jnp.ones(3, jnp.int32), {}, ()),
         (jnp.ones(()), {}, ()),
+        (jnp.ones((0, 100)), {}, ()),
     ],
 )
 def test_which_axes_have_a_basis(leaf, options, expected):
@@ -676,6 +677,71 @@ def test_several_samples_in_bases_are_the_mean_of_single_ones():
         (g,) = pullback(signs)
         expected.append(np.square(q[0].T @ g["w"] @ q[1]))
     np.testing.assert_allclose(got["w"], np.mean(expected, axis=0), rtol=1e-9)
+
+
+ALIKE = {
+    "matrices": ((9, 4), {}, 3),
+    "vectors": ((7,), {}, 2),
+    "layers": ((2, 9, 4), {"stacked": lambda path, leaf: leaf.ndim - 2}, 3),
+    "short axes": ((3, 2), {}, 2),
+    "scalars": ((), {}, 2),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", ALIKE)
+def test_parameters_that_are_alike_are_turned_as_each_alone(kind):
+    """Whether names differ in numbers alone, of any dtypes, averaged or not."""
+    shape, options, n = ALIKE[kind]
+    rng = np.random.default_rng(0)
+    start = [jnp.asarray(rng.normal(size=shape)) for _ in range(n)]
+    start[-1] = start[-1].astype(jnp.float32)
+    noise = rng.normal(size=(12, n, *shape))
+    names = {"alike": [f"w{i}" for i in range(n)], "apart": list("abc"[:n])}
+
+    def averaged(path, leaf):  # of the first alone
+        first = path[0].key in ("w0", "a")
+        return jnp.mean(leaf, axis=0, keepdims=True) if first else leaf
+
+    got = {}
+    for key, keys in names.items():
+        axes = {"turn_interval": 3, "max_dim": 5, "n_vectors": 2} | options
+        tx = ah.adahessian(
+            0.1,
+            hessian_power=0.5,
+            hessian_ema="mean",
+            estimator=ah.in_eigenbasis(ah.squared_gradient(), **axes),
+            averaging=averaged if shape else None,
+        )
+        step = jax.jit(tx.update)
+        params = dict(zip(keys, start, strict=True))
+        state = tx.init(params)
+        groups = state[0].curvature.estimator_state.bases
+        assert len(groups) == len({k[0] for k in keys})
+        for z in noise:
+            grads = {
+                k: jnp.asarray(g, p.dtype) + jnp.sin(3 * p)
+                for (k, p), g in zip(params.items(), z, strict=True)
+            }
+            updates, state = step(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        got[key] = list(params.values())
+        assert [x.dtype for x in got[key]] == [x.dtype for x in start]
+    for one, other in zip(got["alike"], got["apart"], strict=True):
+        atol = {"float64": 1e-9, "float32": 1e-2}[str(one.dtype)]
+        np.testing.assert_allclose(one, other, atol=atol)
+
+
+def test_what_is_not_alike_in_all():
+    """Integers among floats are left alone, and layers must be stacks of one kind."""
+    estimator = ah.in_eigenbasis(ah.squared_gradient())
+    mixed = {"w1": jnp.ones(3), "w2": jnp.ones(3, int), "v1": jnp.ones(3)}
+    assert list(map(bool, estimator.init(mixed).bases)) == [True, False]
+    some = ah.in_eigenbasis(
+        ah.squared_gradient(), stacked=lambda path, leaf: int(path[0].key == "w1")
+    )
+    with pytest.raises(ValueError, match="stacked must be alike for"):
+        some.init({"w1": jnp.ones((2, 3)), "w2": jnp.ones((2, 3))})
 
 
 @pytest.mark.slow

@@ -50,6 +50,14 @@ def never_estimated(average: Array) -> Array:
     return average >= no_estimate(average.dtype)
 
 
+def cast_average(average: Array, dtype: Any) -> Array:
+    """Cast an average, and the mark of entries that never had an estimate."""
+    if average.dtype == dtype:
+        return average
+    value = average.astype(dtype)
+    return jnp.where(never_estimated(average), no_estimate(dtype), value)
+
+
 def accumulation_dtype(*leaves: Any) -> Any:
     """Return float64 if any leaf is, otherwise float32: half precision stalls."""
     double = any(dtype_of(leaf) == jnp.float64 for leaf in leaves)

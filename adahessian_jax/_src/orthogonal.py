@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src.meshes import as_if_automatic
-from adahessian_jax._src.stacks import over_layers
+from adahessian_jax._src.stacks import alike, over_layers, stack, unstack
 
 PRECISION = jax.lax.Precision.HIGHEST  # for matrices, which have to stay orthogonal
 # For what they turn: three passes on a TPU, where HIGHEST takes six, and TF32 on a GPU,
@@ -115,7 +115,11 @@ def first_columns(q: Orthogonal) -> Array:
 
 def at_pivots(x: Array, q: Reflectors, axis: int) -> Array:
     """Return a tensor at the pivots along one axis, 0 where there is none yet."""
-    return jnp.take(x, q.pivots[0], axis, mode="fill", fill_value=0)
+    n, pivots = x.shape[axis], q.pivots[0]
+    # In bounds, or jax.experimental.checkify would see an error.
+    taken = jnp.take(x, jnp.minimum(pivots, n - 1), axis, mode="clip")
+    known = jnp.expand_dims(pivots < n, [a for a in range(x.ndim) if a != axis])
+    return jnp.where(known, taken, 0)
 
 
 def multiply_along(q: Orthogonal, x: Array, axis: int, *, transpose: bool) -> Array:
@@ -164,11 +168,17 @@ def rotate(x: Array, bases: Bases, *, back: bool = False) -> Array:
 
 
 def rotate_tree(tree: Any, bases: tuple[Bases, ...], *, back: bool = False) -> Any:
-    """Rotate each leaf of a tree that has bases."""
+    """Rotate the leaves of a tree that have bases, those that are alike together."""
+    if not any(bases):
+        return tree
     leaves, treedef = jax.tree.flatten(tree)
-    pairs = zip(leaves, bases, strict=True)
-    rotated = [rotate(x, q, back=back) if q else x for x, q in pairs]
-    return jax.tree.unflatten(treedef, rotated)
+    for group, q in zip(alike(tree), bases, strict=True):
+        if any(x is not None for x in q):
+            old = [leaves[i] for i in group]
+            new = unstack(rotate(stack(old), q, back=back), old)
+            for i, x in zip(group, new, strict=True):
+                leaves[i] = x
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def layers_ndim(matrices: Any) -> int:

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from adahessian_jax._src.dtypes import accumulation_dtype, never_estimated, no_estimate
+from adahessian_jax._src.dtypes import (
+    accumulation_dtype,
+    cast_average,
+    map_floats,
+    never_estimated,
+    no_estimate,
+)
 from adahessian_jax._src.meshes import as_if_automatic, replicated
 from adahessian_jax._src.moving_average import ema
 from adahessian_jax._src.orthogonal import (
@@ -24,8 +30,10 @@ from adahessian_jax._src.orthogonal import (
     multiply_along,
     no_columns,
     orthogonal_from_columns,
+    rotate,
 )
-from adahessian_jax._src.stacks import over_layers
+from adahessian_jax._src.stacks import over_layers, stacks, unstacked
+from adahessian_jax._src.xla import part
 
 Traces = tuple[Array | None, ...]  # one for each axis
 
@@ -51,9 +59,10 @@ def first_traces(bases: Any) -> Any:
 def averaged(
     decay: ArrayLike, x: Array, rotated: Array, traces: Traces, bases: Bases
 ) -> Traces:
-    """Average in a tensor's product with itself over all axes but each, if finite.
+    """Average in a tensor's product with itself over all axes but each.
 
-    Where only some columns are kept, those of the ``rotated`` tensor's.
+    Where only some columns are kept, those of the ``rotated`` tensor's. Entries that
+    are not finite are left out.
     """
     if all(trace is None for trace in traces):
         return traces
@@ -66,8 +75,8 @@ def averaged(
                 new = _partial_trace(rotated, at_pivots(rotated, q, axis), axis)
             else:
                 new = _partial_trace(x, x, axis)
-            finite = jnp.all(jnp.isfinite(new))
-            return jnp.where(finite, ema(decay, new.astype(trace.dtype), trace), trace)
+            moved = ema(decay, new.astype(trace.dtype), trace)
+            return jnp.where(jnp.isfinite(new), moved, trace)
 
         return tuple(map(one, range(x.ndim), traces, bases))
 
@@ -87,8 +96,7 @@ def first_seen(x: Array, traces: Traces, bases: Bases) -> Traces:
         def one(axis: int, trace: Any, q: Any) -> Array | None:
             if trace is None or not _is_leading(q):
                 return trace
-            new = _some_vectors(x, axis, trace.shape[1]).astype(trace.dtype)
-            return jnp.where(jnp.all(jnp.isfinite(new)), new, 0)
+            return _some_vectors(x, axis, trace.shape[1]).astype(trace.dtype)
 
         return tuple(map(one, range(x.ndim), traces, bases))
 
@@ -142,9 +150,10 @@ def turned(traces: Any, bases: Any, first: Any) -> tuple[Any, Any]:
         sizes = [flat[i].size // (flat[i].shape[-1] * flat[i].shape[-2]) for i in group]
         ends = list(itertools.accumulate(sizes))
         for i, end, size in zip(group, ends, sizes, strict=True):
-            part = jax.tree.map(lambda x, a=end - size, b=end: x[a:b], done)
             new[i] = jax.tree.map(
-                lambda x, like: x.reshape(like.shape), part, (flat[i], old[i])
+                lambda x, like, a=end - size, n=size: part(x, a, n).reshape(like.shape),
+                done,
+                (flat[i], old[i]),
             )
     new_traces, new_bases = zip(*new, strict=True) if new else ((), ())
     unflatten = jax.tree.unflatten
@@ -155,6 +164,7 @@ def _turned(trace: Array, q: Orthogonal, first: Array) -> tuple[Array, Orthogona
     """Turn one basis, and what its leading vectors see."""
     columns = first_columns(q)
     if leading := isinstance(q, Reflectors):
+        first = jnp.where(jnp.isfinite(first), first, 0)
         product, begun = (
             multiply_along(q, x, 0, transpose=False) for x in (trace, first)
         )
@@ -205,6 +215,34 @@ def carried(v: Array, old: Bases, new: Bases) -> Array:
     seen = weight > 0.5
     value = value / jnp.where(seen, weight, 1)
     return jnp.where(seen, value.astype(v.dtype), no_estimate(v.dtype))
+
+
+def turned_tree(
+    averages: tuple[Any, Any], traces: Any, bases: Any, groups: list[list[int]]
+) -> tuple[Any, Any, Any]:
+    """Turn bases, and take averages of the gradient and of curvature along.
+
+    Those of curvature over blocks of entries are smaller, and stay.
+    """
+    mu, nu = averages
+    momenta = stacks(mu, groups)
+    first = tuple(map(first_seen, momenta, traces, bases))
+    traces, new = turned(traces, bases, first)
+    parts = zip(momenta, bases, new, strict=True)
+    momenta = [rotate(rotate(m, p, back=True), q) for m, p, q in parts]
+    moved = unstacked(mu, groups, momenta)
+    dtype = accumulation_dtype(*jax.tree.leaves(nu))
+
+    def whole(v: Array, m: Array) -> Array:
+        return jnp.broadcast_to(cast_average(v, dtype), m.shape)
+
+    of_nu = stacks(map_floats(whole, nu, mu), groups)
+    taken = unstacked(nu, groups, list(map(carried, of_nu, bases, new)))
+    nu = map_floats(
+        lambda v, c: cast_average(c, v.dtype) if v.shape == c.shape else v, nu, taken
+    )
+    mu = map_floats(lambda m, x: x.astype(m.dtype), mu, moved)
+    return (mu, nu), traces, new
 
 
 def _is_leading(q: Any) -> bool:

@@ -92,6 +92,18 @@ def _written_out_jvp(primals: Any, tangents: Any) -> Any:
     return _written_out(*primals), tangents[0]
 
 
+def part(x: Array, begin: int, size: int) -> Array:
+    """Cut a part out of the first axis, by a kernel that all such parts share.
+
+    XLA compiles a kernel for each place that it knows, at 10 to 30 ms. That was half of
+    the time to compile an optimizer whose tensors were stacked for a while.
+    """
+    if not is_traced(x):
+        return x[begin : begin + size]
+    start = jax.lax.optimization_barrier(jnp.int32(begin))
+    return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+
 def after(key: Array, done: optax.Updates, *, otherwise: Array) -> Array:
     """Return ``key``, in a way that it cannot be known before ``done``.
 

@@ -13,11 +13,10 @@ from adahessian_jax._src.curvature_state import find_state, nodes_of_type
 from adahessian_jax._src.derivatives import split_differentiable
 from adahessian_jax._src.dtypes import (
     accumulation_dtype,
+    cast_average,
     is_differentiable,
     map_floats,
     never_estimated,
-    no_estimate,
-    wide,
 )
 from adahessian_jax._src.masking import mask_like
 from adahessian_jax._src.meshes import replicated_beside
@@ -103,7 +102,7 @@ def diagnostics(
     if not found:
         raise ValueError("state must be that of the transformation, not a part of it.")
     mu = found[0].mu
-    bases = find_bases(inner.estimator_state, len(jax.tree.leaves(mu)))
+    bases = find_bases(inner.estimator_state)
     keys = ("count", "refreshes", "nonfinite")
     report = {key: getattr(inner, key) for key in keys}
     flat = [
@@ -169,9 +168,7 @@ def diagnostics(
 
 def _as_parameter(d: Array, p: Array) -> Array:
     """Return an average of entries for each of them, in the dtype they are added in."""
-    mark = no_estimate(accumulation_dtype(d))
-    d = jnp.where(never_estimated(d), mark, wide(d))
-    return jnp.broadcast_to(d, p.shape)
+    return jnp.broadcast_to(cast_average(d, accumulation_dtype(d)), p.shape)
 
 
 def _ratio(x: Array, y: Array) -> Array:

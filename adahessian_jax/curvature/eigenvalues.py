@@ -224,7 +224,7 @@ def _inverse_root(preconditioner: Any, params: Any) -> Product:
             " for parameters that do not move.",
         )
         roots = map_floats(lambda d: jax.lax.rsqrt(wide(d)), preconditioner)
-        bases = ((),) * len(jax.tree.leaves(params))
+        bases = ()
 
     def divided(v: Floats) -> Floats:
         tree = masking.mask_like(split_differentiable(params)[1](v), roots)
@@ -261,7 +261,7 @@ def _of_optimizer(tx: Any, state: Any, params: Any) -> Any:
     fits = len(entries) == len(leaves)
     checks.require(fits, ValueError, "preconditioner", rule, inner.nu)
     nu = jax.tree.unflatten(treedef, entries)
-    return map_floats(root, nu, shown), find_bases(inner, len(leaves))
+    return map_floats(root, nu, shown), find_bases(inner)
 
 
 def _as_float(d: Any, p: Any) -> Any:

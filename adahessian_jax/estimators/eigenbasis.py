@@ -15,7 +15,7 @@ from adahessian_jax._src.curvature_state import nodes_of_type
 from adahessian_jax._src.estimator import Estimator, as_estimator
 from adahessian_jax._src.meshes import replicated_beside
 from adahessian_jax._src.orthogonal import Bases, rotate_tree
-from adahessian_jax._src.stacks import Stacked, check_stacked, stack_ndim
+from adahessian_jax._src.stacks import Stacked, alike, check_stacked, stack_ndim, stacks
 from adahessian_jax._src.turning import Traces
 from adahessian_jax._src.xla import cond
 
@@ -28,7 +28,8 @@ class EigenbasisState(NamedTuple):
       traces: for each parameter, in the order of ``jax.tree.leaves``, a tuple of one
         for each axis: the moving average of the partial trace over all other axes,
         (size, size), or its product with leading vectors, (size, number of vectors);
-        None for an axis that is not turned.
+        None for an axis that is not turned. Parameters of one shape, whose paths differ
+        in numbers alone, are stacked to one, at the place of the first.
       bases: the same of orthogonal matrices, whole or by their leading vectors.
     """
 
@@ -177,7 +178,8 @@ class _InEigenbasis(Estimator):
         if not leaves:  # or optax.tree.map_params has a stand-in for all of them
             nothing: Any = [jnp.zeros(0), jnp.zeros(0)]
             return EigenbasisState(self.inner.init(params), *nothing)
-        bases = tuple(self._first_bases(path, leaf) for path, leaf in leaves)
+        groups = alike(params)
+        bases = tuple(self._first_bases([leaves[i] for i in g]) for g in groups)
         traces = turning.first_traces(bases)
         return EigenbasisState(self.inner.init(params), traces, bases)
 
@@ -234,51 +236,54 @@ class _InEigenbasis(Estimator):
             state = self._seen(state, updates, turned)
         k = self.turn_interval
         due = (count < k) | (count % k == k - 1)
+        groups = alike(updates)
 
-        def turn(x: Any) -> Any:
-            (mu, nu), old, traces = x
-            momenta = zip(jax.tree.leaves(mu), traces, old, strict=True)
-            first = tuple(turning.first_seen(*x) for x in momenta)
-            traces, new = turning.turned(traces, old, first)
-            mu = _as(mu, rotate_tree(rotate_tree(mu, old, back=True), new))
-            leaves = zip(*map(jax.tree.leaves, (mu, nu)), old, new, strict=True)
-            carried = [
-                turning.carried(v, p, q) if v.shape == m.shape else v
-                for m, v, p, q in leaves
-            ]
-            nu = jax.tree.unflatten(jax.tree.structure(nu), carried)
-            return (mu, nu), new, traces
+        def turn(x: tuple[Any, Any, Any]) -> Any:
+            return turning.turned_tree(*x, groups)
 
-        x = averages, state.bases, state.traces
-        averages, bases, traces = cond(due, turn, lambda x: x, x)
+        x = averages, state.traces, state.bases
+        averages, traces, bases = cond(due, turn, lambda x: x, x)
         leaves = jax.tree.leaves(updates)
+        firsts = [leaves[group[0]] for group in groups]
         bases, traces = (
-            tuple(map(replicated_beside, leaves, part)) for part in (bases, traces)
+            tuple(map(replicated_beside, firsts, part)) for part in (bases, traces)
         )
         return averages, state._replace(traces=traces, bases=bases)
 
     def _seen(self, state: EigenbasisState, tree: Any, turned: Any) -> EigenbasisState:
         """Average in what axes come from."""
-        trees = map(jax.tree.leaves, (tree, turned))
+        groups = alike(tree)
+        trees = (stacks(t, groups) for t in (tree, turned))
         parts = zip(*trees, state.traces, state.bases, strict=True)
         traces = tuple(turning.averaged(self.decay, *x) for x in parts)
         return state._replace(traces=traces)
 
-    def _first_bases(self, path: Any, leaf: Any) -> Bases:
-        if not dtypes.is_differentiable(leaf):
+    def _first_bases(self, group: list[tuple[Any, Any]]) -> Bases:
+        """Return the bases of parameters that are alike."""
+        leaves = [leaf for _, leaf in group]
+        shape = jnp.shape(leaves[0])
+        if not all(map(dtypes.is_differentiable, leaves)) or 0 in shape:
             return ()
-        dtype, shape = dtypes.accumulation_dtype(leaf), jnp.shape(leaf)
-        n = stack_ndim(self.stacked, path, leaf)
+        dtype = dtypes.accumulation_dtype(*leaves)
+        n, *others = (stack_ndim(self.stacked, *x) for x in group)
+        checks.require(
+            all(other == n for other in others),
+            ValueError,
+            "stacked",
+            "alike for parameters whose paths differ in numbers alone",
+            [n, *others],
+        )
         size = self.max_dim, self.n_vectors
         bases = [turning.first_basis(length, *size, dtype) for length in shape[n:]]
-        repeated = jax.tree.map(lambda x: jnp.tile(x, (*shape[:n], 1, 1)), bases)
-        return (*[None] * n, *repeated)
+        layers = (*[len(group)][: len(others)], *shape[:n])
+        repeated = jax.tree.map(lambda x: jnp.tile(x, (*layers, 1, 1)), bases)
+        return (*[None] * len(layers), *repeated)
 
 
-def find_bases(estimator_state: Any, n_leaves: int) -> tuple[Bases, ...]:
-    """Return the bases of each parameter, none where the estimator has none."""
+def find_bases(estimator_state: Any) -> tuple[Bases, ...]:
+    """Return the bases of parameters that are alike, if the estimator has some."""
     found = nodes_of_type(EigenbasisState, estimator_state)
-    return found[0].bases if found else ((),) * n_leaves
+    return found[0].bases if found else ()
 
 
 def _as(like: Any, tree: Any) -> Any:

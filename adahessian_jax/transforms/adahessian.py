@@ -139,7 +139,7 @@ def divide_by(
     def init_fn(params: optax.Params) -> ScaleByAdaHessianState:
         curvature = curvature_average.init(params)
         estimate = curvature_average.estimator.update
-        if any(find_bases(curvature, 1)) and not isinstance(estimate, Estimator):
+        if any(find_bases(curvature)) and not isinstance(estimate, Estimator):
             raise ValueError(
                 "estimator must not be in_eigenbasis(...) inside of something else, or"
                 " nothing turns its axes: pass in_eigenbasis(...) itself, and what is"
@@ -151,7 +151,7 @@ def divide_by(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         _check_state(state, params)
-        bases = find_bases(state.curvature, len(jax.tree.leaves(params)))
+        bases = find_bases(state.curvature)
         if any(bases) and extra_args.get("hessian_diag") is not None:
             raise ValueError(
                 "hessian_diag must not be given to an optimizer in turned axes: it is"
