@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,9 @@ def value_and_grad_with_curvature(
         pass through the network one after the other, and average: accumulation of
         gradients, in the memory of one part. Each part has probes of its own, for a
         less noisy estimate at no cost. Scalars, typed keys among them, go to every
-        part; of as many keys as parts, each gets one. Auxiliary values have a new first
-        axis, of parts.
+        part; of as many keys as parts, each gets one; an array that has no rows, such
+        as frozen weights, must not be one of the batch's, but in ``loss_fn``. Auxiliary
+        values have a new first axis, of parts.
       reduction: ``"mean"`` or ``"sum"``, how the loss of a batch follows from those of
         its parts, if the estimator has no loss object that says it.
       unroll: compile the parts one after the other in place of a loop. Convolutions
@@ -113,6 +115,7 @@ def value_and_grad_with_curvature(
     ) -> tuple[Any, optax.Updates, Curvature]:
         """Return value, gradient and curvature of a batch."""
         checks.check_params(params)
+        checks.check_real("params", params)
         checks.check_spelling(arguments, ("state", "refresh", "labels", "where"))
         if unknown := ", ".join(arguments):
             raise TypeError(
@@ -121,6 +124,7 @@ def value_and_grad_with_curvature(
                 " What else loss_fn takes is given to it before, by functools.partial"
                 " for example."
             )
+        _check_own(loss_fn, (params, *batch), {"labels": labels, "where": where})
         if refresh is not None:
             checks.check_flag("refresh", refresh)
         states = curvature_state.find_states(state)
@@ -225,6 +229,21 @@ class _Pass:
             out = *out[:-1], (out[-1], where)
         weight = 1.0 if where is None else jnp.sum(jnp.asarray(where), dtype=float)
         return out, (aux, weight)
+
+
+def _check_own(loss_fn: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+    """Raise if ``loss_fn`` would miss an argument that the estimate alone is given."""
+    try:
+        signature = inspect.signature(loss_fn)
+        taken = signature.bind_partial(*args).arguments
+    except (TypeError, ValueError):  # of no signature, or one that fails when called
+        return
+    for name, value in given.items():
+        if value is not None and name in signature.parameters and name not in taken:
+            raise TypeError(
+                f"{name} is an argument of loss_fn and was given by name, which reaches"
+                " the estimate alone: pass it to loss_fn by position, in the batch."
+            )
 
 
 def _refresh_due(states: list[Any]) -> tuple[Any, Array | None]:

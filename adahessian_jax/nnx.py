@@ -116,6 +116,7 @@ def value_and_grad_with_curvature(
         wrt = optimizer.wrt
         graphdef, params, rest = _split(model, wrt)
 
+        @functools.wraps(loss_fn)
         def loss_and_rest(params: optax.Params, *batch: Any) -> tuple[Any, Any]:
             copy = nnx.merge(graphdef, params, rest)
             out = _called("loss_fn", loss_fn, copy, *batch)
@@ -141,7 +142,7 @@ def _called(name: str, fun: Callable[..., Any], model: nnx.Module, *args: Any) -
     """Call a function of a module; say what helps if it is one of the parameters."""
     try:
         return fun(model, *args)
-    except Exception as error:
+    except (AttributeError, TypeError) as error:
         error.add_note(
             f"{name} was called with the module. A function of the parameters is passed"
             " as it is, without adahessian_jax.nnx."

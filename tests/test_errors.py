@@ -110,6 +110,14 @@ def injected(**static):
     return make(learning_rate=0.1, mu_dtype=jnp.bfloat16).init(W)
 
 
+def injected_mask():
+    def mask(params):
+        return jax.tree.map(lambda x: x.ndim > 0, params)
+
+    make = optax.inject_hyperparams(ah.adahessian)
+    return make(0.1, weight_decay=0.1, weight_decay_mask=mask).init(W)
+
+
 def init_with_rule(rule, name="w"):
     return ada(averaging=rule).init({name: CONV[:, :, :, :3], "x": FIVE})
 
@@ -228,9 +236,18 @@ TYPE_ERRORS = {
         lambda: update(NEWTON, predict_fn=predict, where=ONES),
     "mean 'hessian_diag'?": lambda: update(obj_fn=loss, hesian_diag=W),
     "did you mean 'refresh'?": lambda: fused(refesh=False),
+    "where is an argument of loss_fn and was given by name": lambda: (
+        ah.value_and_grad_with_curvature(lambda p, where=None: loss(p), ADA)(
+            W, state=ADA.init(W), where=ONES
+        )
+    ),
     "unexpected argument train: loss_fn gets": lambda: fused(train=False),
     "refresh must be True or False, got 1.": lambda: fused(refresh=1),
     "mu_dtype must be None or a floating-point dtype (in": lambda: injected(),
+    "weight_decay_mask must be None, a tree of bools": lambda: injected_mask(),
+    "params['f'] must be an array or a number, got": lambda: (
+        ah.value_and_grad_with_curvature(loss, ADA)(W | {"f": loss}, state=ADA.init(W))
+    ),
     "params['w'] must be an array or a number, got 'a'": lambda: ADA.init({"w": "a"}),
     "params['w'] has dtype": lambda: ADA.init({"w": jnp.ones(2, jnp.complex64)}),
     "obj_fn must be a callable params -> loss, got 3.0.": lambda: update(obj_fn=3.0),

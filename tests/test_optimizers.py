@@ -635,3 +635,46 @@ def test_every_estimator(name):
         renamed = {{"m": "z", "s": "a"}.get(k, k): x for k, x in params.items()}
         for diag, of in zip(estimates(renamed, order="zan"), expected, strict=True):
             close((diag["z"], diag["a"]), (of["m"], of["s"]))
+
+
+THROUGH = {
+    "adahessian": lambda rate: ah.adahessian(rate, eps=1e-4),
+    "square root": lambda rate: ah.adahessian(
+        rate, eps=1e-4, hessian_ema="mean", hessian_power=0.5
+    ),
+    "soap": lambda rate: ah.soap(rate, turn_interval=2),
+    "newton": lambda rate: ah.newton(rate, losses.l2_loss),
+    "newton, own rate": lambda rate: ah.newton(
+        None, losses.l2_loss, schedule=lambda count: 10 * rate
+    ),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", THROUGH)
+def test_derivatives_through_steps(name):
+    """In the learning rate, where a row has neither gradient nor curvature."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(8, 4))).at[:, 0].set(0)
+    start, y = (
+        jnp.asarray(rng.normal(size=(4, 3))),
+        jnp.asarray(rng.normal(size=(8, 3))),
+    )
+
+    def loss(w):
+        return losses.l2_loss(jnp.tanh(x @ w), y)
+
+    @jax.jit
+    def final(rate):
+        tx, w = THROUGH[name](rate), start
+        tx = optax.with_extra_args_support(tx)
+        state = tx.init(w)
+        for _ in range(4):
+            args = {"obj_fn": loss, "predict_fn": lambda w: jnp.tanh(x @ w)}
+            updates, state = tx.update(jax.grad(loss)(w), state, w, **args)
+            w = optax.apply_updates(w, updates)
+        return loss(w)
+
+    h = 1e-6
+    expected = (final(0.05 + h) - final(0.05 - h)) / (2 * h)
+    np.testing.assert_allclose(jax.grad(final)(0.05), expected, rtol=1e-4)

@@ -96,6 +96,9 @@ def check_callable(name: str, value: Any, signature: str) -> None:
 def check_mask(name: str, mask: Any) -> None:
     """Raise TypeError unless ``mask`` is None, a function or a tree of bools."""
     rule = "None, a tree of bools or a callable params -> such a tree"
+    # What optax.inject_hyperparams makes of a function of the number of axes.
+    injected = f"{rule} (in optax.inject_hyperparams pass static_args=({name!r},))"
+    require(mask is not False, TypeError, name, injected, mask)
     for leaf in () if callable(mask) else jax.tree.leaves(mask):
         require(isinstance(leaf, bool | np.bool_), TypeError, name, rule, leaf)
 

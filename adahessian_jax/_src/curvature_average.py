@@ -24,7 +24,13 @@ from adahessian_jax._src.dtypes import (
 )
 from adahessian_jax._src.estimator import Curvature, Estimator, as_estimator, declare
 from adahessian_jax._src.masking import mask_like
-from adahessian_jax._src.moving_average import CurvatureEMA, as_dtype, debias, is_static
+from adahessian_jax._src.moving_average import (
+    CurvatureEMA,
+    as_dtype,
+    debias,
+    is_static,
+    root,
+)
 from adahessian_jax._src.xla import cond
 
 
@@ -122,8 +128,7 @@ class CurvatureAverage:
         checks.check_spelling(extra_args, _EXTRA_ARGS)
         if "where" in extra_args:
             raise TypeError(
-                "unexpected argument where: predict_fn returns weights of rows beside"
-                " the outputs, predict_fn=lambda p: (model.apply(p, x), where)."
+                "unexpected argument where: predict_fn returns (outputs, where)."
             )
         initial = jax.eval_shape(self._initial, params)
         curvature_state.check_state(state, initial, self.fingerprint)
@@ -165,7 +170,7 @@ class CurvatureAverage:
             checks.warn_if_flat(diag, updates)
             diag = average(self.averaging, jax.tree.map(_as_estimate, diag, state.nu))
             usable = jax.tree.map(self._is_usable, diag, state.nu)
-            nonfinite = _saturating_sum(state.nonfinite, usable)
+            nonfinite = curvature_state.saturating_sum(state.nonfinite, usable)
             if not self.keeps_estimate:
                 return self._moved(state, diag, usable), nonfinite, estimator_state
             estimate = jax.tree.map(
@@ -234,8 +239,10 @@ class CurvatureAverage:
 
     def denominator(self, v: Array) -> Array:
         """Return what momentum is divided by where the average is v."""
-        h = jnp.sqrt(v) if self.order == 2 else jnp.abs(v)
-        if not is_static(self.hessian_power, 1):
+        h = root(v) if self.order == 2 else jnp.abs(v)
+        if is_static(self.hessian_power, 0.5):
+            h = root(h)
+        elif not is_static(self.hessian_power, 1):
             h = h ** as_dtype(self.hessian_power, h.dtype)
         return h + as_dtype(self.eps, h.dtype)
 
@@ -285,14 +292,3 @@ def _as_estimate(d: Any, v: Array) -> Array:
     if not is_differentiable(v):
         return d
     return d.astype(accumulation_dtype(d if is_differentiable(d) else v))
-
-
-def _saturating_sum(total: Array, usable: optax.Updates) -> Array:
-    """Add how many entries are not usable."""
-    new, largest = jnp.zeros_like(total), jnp.iinfo(total.dtype).max
-    for x in jax.tree.leaves(usable):
-        if x.size > largest:
-            new = new + jnp.sum(~x, dtype=total.dtype)
-        else:  # an operation less for each entry
-            new = new + (x.size - jnp.sum(x, dtype=total.dtype))
-    return jnp.where(new > largest - total, largest, total + new)

@@ -151,3 +151,14 @@ def nan_if_unfit(state: CurvatureState, fingerprint: Array, curvature: Any) -> A
     if curvature is not None:
         fits &= curvature.count == state.count
     return jnp.where(fits, 1.0, jnp.nan)
+
+
+def saturating_sum(total: Array, usable: optax.Updates) -> Array:
+    """Add how many entries are not usable."""
+    new, largest = jnp.zeros_like(total), jnp.iinfo(total.dtype).max
+    for x in jax.tree.leaves(usable):
+        if x.size > largest:
+            new = new + jnp.sum(~x, dtype=total.dtype)
+        else:  # an operation less for each entry
+            new = new + (x.size - jnp.sum(x, dtype=total.dtype))
+    return jnp.where(new > largest - total, largest, total + new)

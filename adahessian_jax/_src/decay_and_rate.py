@@ -37,10 +37,19 @@ def decoupled_weight_decay(
 
 
 def scale_by_rate(learning_rate: Any, name: str = "learning_rate") -> Any:
-    """Return ``optax.scale_by_learning_rate``, its argument checked."""
+    """Return ``optax.scale_by_learning_rate``, its argument checked.
+
+    Updates that are not floating point are left as they are, in dtype too.
+    """
     if not callable(learning_rate):
         check_float(name, learning_rate, 0.0)
-    return optax.scale_by_learning_rate(learning_rate)
+    scale = optax.scale_by_learning_rate(learning_rate)
+
+    def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
+        scaled, state = scale.update(updates, state, params)
+        return map_floats(lambda _, x: x, updates, scaled), state
+
+    return optax.GradientTransformation(scale.init, update_fn)
 
 
 def decay_after_step(decay: Any, rate: Any) -> optax.GradientTransformation:

@@ -147,8 +147,15 @@ def push_forward(function: Any, x: Floats, v: Floats) -> tuple[Any, Any, Any]:
     if _has_no_forward_rule(function, x):
         # The transpose of the transposed Jacobian, then.
         outputs, pullback, aux = jax.vjp(function, x, has_aux=True)
-        _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
-        (product,) = transposed(v)
+        try:
+            _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
+            (product,) = transposed(v)
+        except ValueError as error:
+            error.add_note(
+                "This is the product of the network's Jacobian with a step, for a"
+                " learning rate of its own: give one, which needs no such product."
+            )
+            raise
     else:
         outputs, product, aux = jax.jvp(function, (x,), (v,), has_aux=True)
     product = wide(product)

@@ -54,3 +54,19 @@ def as_dtype(value: Any, dtype: Any) -> Any:
 def is_static(value: ArrayLike, number: float) -> bool:
     """Whether a hyperparameter is a Python number of this value, for good."""
     return isinstance(value, int | float) and value == number
+
+
+@jax.custom_jvp
+def root(x: Array) -> Array:
+    """Return the square root, with a derivative of zero at zero.
+
+    It is infinite, and would make NaN of a derivative through an optimizer's step.
+    """
+    return jnp.sqrt(x)
+
+
+@root.defjvp
+def _root_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (t,) = primals, tangents
+    y = jnp.sqrt(x)
+    return y, jnp.where(x == 0, 0, t / (2 * jnp.where(x == 0, 1, y)))

@@ -47,7 +47,11 @@ def make_look(
         updates: optax.Updates,
     ) -> None:
         start = looks.tops[-1] if looks.tops else None
-        looks.tops.append(ah.largest_eigenvalues(loss_fn, params, start=start))
+        try:
+            top = ah.largest_eigenvalues(loss_fn, params, start=start)
+        except ValueError:  # of a loss that diverged
+            return
+        looks.tops.append(top)
         looks.steps.append(step)
         looks.step_sizes.append([float(x) for x in step_sizes(opt_state, updates)])
 

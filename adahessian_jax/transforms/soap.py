@@ -17,7 +17,7 @@ from adahessian_jax._src.meshes import (
     check_sharded_alike,
     replicated_beside,
 )
-from adahessian_jax._src.moving_average import as_dtype, debias, ema
+from adahessian_jax._src.moving_average import as_dtype, debias, ema, root
 from adahessian_jax._src.orthogonal import PRECISION, rotate
 from adahessian_jax._src.turning import Traces, averaged
 from adahessian_jax._src.xla import cond
@@ -119,7 +119,7 @@ def scale_by_soap(
             new_m = ema(b1, g, m)
             new_v = ema(b2, jnp.square(rotate(g.astype(new_m.dtype), q)), v)
             step = rotate(new_m, q) * scale.astype(new_m.dtype)
-            step /= jnp.sqrt(new_v) + as_dtype(eps, new_v.dtype)
+            step /= root(new_v) + as_dtype(eps, new_v.dtype)
             step = jnp.where(first, 0, rotate(step, q, back=True))
             m, v = (
                 jnp.where(first, old, new.astype(old.dtype))
