@@ -27,6 +27,8 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
     Args:
       loss: ``row -> scalar``, or ``(row, label) -> scalar``, convex in the row, the
         last axis of the outputs. A second argument is the label, with a default too.
+        Where it is not convex, as a focal loss may be, there is no estimate: an error
+        outside ``jit``, and inside it no parameter moves.
       name: what to call it in messages; by default the function's.
 
     Returns:
