@@ -106,7 +106,7 @@ def _extended(krylov: Krylov, image: Floats, key: Array) -> Krylov:
     image = _outside(basis, image)
     # Nothing but rounding is left, or it is not a number: a random vector then.
     size = jnp.max(jnp.abs(jnp.stack([diagonal, beside])))
-    least = 100 * jnp.finfo(size.dtype).eps * size
+    least = 100 * float(jnp.finfo(size.dtype).eps) * size
     ends = ~(_norm(image) > least)
     fresh = random_vector(jax.random.fold_in(key, n), image)
     image = [jnp.where(ends, x, y) for x, y in zip(fresh, image, strict=True)]

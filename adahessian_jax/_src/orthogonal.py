@@ -66,7 +66,7 @@ def orthogonal_from_columns(
     nothing = jnp.zeros_like(columns)
     carry = nothing, nothing, columns, start.pivots[0]
     # What is left of a column is rounding, and no direction, where it is less.
-    least = 100 * jnp.finfo(columns.dtype).eps * jnp.linalg.norm(columns, axis=0)
+    least = 100 * float(jnp.finfo(columns.dtype).eps) * jnp.linalg.norm(columns, axis=0)
     (left, right, _, pivots), _ = jax.lax.scan(_reflect, carry, (jnp.arange(k), least))
     return Reflectors(left, right, pivots[None])
 
