@@ -139,18 +139,11 @@ class CurvatureAverage:
         state: CurvatureState,
         params: Any,
         *,
-        turned: optax.Updates,
-        mu: optax.Updates,
         hessian_diag: Any = None,
         curvature: Curvature | None = None,
         **extra_args: Any,
-    ) -> tuple[CurvatureState, optax.Updates, optax.Updates]:
-        """Return the state moved on, the average to divide by, and the next ``mu``.
-
-        ``turned`` and ``mu`` are the updates and their average in the bases of
-        ``state``, as is the average of curvature. The next ``mu``, and the average in
-        the state moved on, are in those of the next update.
-        """
+    ) -> CurvatureState:
+        """Return the state moved on, in the bases that it was in."""
         # What stays as it is where there is no estimate.
         stored = state.estimate if self.keeps_estimate else state.nu
 
@@ -198,26 +191,41 @@ class CurvatureAverage:
         if self.keeps_estimate:
             known = map_floats(lambda d: ~never_estimated(d), stored)
             nu = self._moved(state, stored, known)
-        averages = mu, nu
-        if isinstance(self.estimator.update, Estimator):
-            averages, estimator_state = self.estimator.update.observe(
-                updates, turned, estimator_state, averages, state.count
-            )
-        mu, next_nu = averages
         count = optax.safe_increment(state.count)
         due = (count % self.update_interval == 0) | (count < self.initial_refreshes)
         seen = optax.safe_increment(state.refreshes)
-        new = CurvatureState(
+        return CurvatureState(
             count=count,
             refreshes=jnp.where(refresh, seen, state.refreshes),
             nonfinite=nonfinite,
             fingerprint=state.fingerprint,
-            nu=next_nu,
+            nu=nu,
             estimate=stored if self.keeps_estimate else None,
             refresh_due=None if self.always else due,
             estimator_state=estimator_state,
         )
-        return new, nu, mu
+
+    def observe(
+        self,
+        updates: optax.Updates,
+        turned: optax.Updates,
+        state: CurvatureState,
+        mu: optax.Updates,
+    ) -> tuple[CurvatureState, optax.Updates]:
+        """Have the estimator see an update's gradients, once ``state`` is moved on.
+
+        ``turned`` are those in the bases of the state, ``mu`` their average there. It
+        is returned, and that of curvature in the state, in those of the next update.
+        """
+        estimator = self.estimator.update
+        if not isinstance(estimator, Estimator):
+            return state, mu
+        averages = mu, state.nu
+        averages, estimator_state = estimator.observe(
+            updates, turned, state.estimator_state, averages, state.count
+        )
+        mu, nu = averages
+        return state._replace(nu=nu, estimator_state=estimator_state), mu
 
     def _estimate(
         self,

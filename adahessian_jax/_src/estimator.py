@@ -87,8 +87,9 @@ class Estimator(abc.ABC):
         """Look at the gradients of an update, with an estimate or without.
 
         ``turned`` are those in the bases of the state, and ``averages`` those of the
-        gradient and of the curvature there. Returns them in the bases of the state for
-        the next update, and that state.
+        gradient and of the curvature there, ``count`` says how many updates there were
+        with this one. Returns the averages in the bases of the state for the next
+        update, and that state.
         """
         del updates, turned, count
         return averages, state

@@ -27,8 +27,8 @@ class Reflectors(NamedTuple):
     Attributes:
       left: U, shape (n, k), the product of V and an upper triangular matrix.
       right: V, shape (n, k), with ones where a row is a pivot.
-      pivots: which columns those are, and rows, shape (1, k), int32; n for one that is
-        not known yet, and zero in U and V.
+      pivots: which columns those are, and rows, shape (1, k), int32; the largest number
+        for one that is not known yet, and zero in U and V.
 
     References:
       Schreiber and Van Loan, `A Storage-Efficient WY Representation for Products of
@@ -41,12 +41,13 @@ class Reflectors(NamedTuple):
 
 
 Orthogonal = Array | Reflectors
+_UNKNOWN = 2**31 - 1  # a pivot
 
 
 def no_columns(n: int, k: int, dtype: Any) -> Reflectors:
     """Return the unit matrix, of whose columns none is known to matter yet."""
     u, v = (jnp.zeros((n, k), dtype) for _ in range(2))
-    return Reflectors(u, v, jnp.full((1, k), n, jnp.int32))
+    return Reflectors(u, v, jnp.full((1, k), _UNKNOWN, jnp.int32))
 
 
 def orthogonal_from_columns(
@@ -97,7 +98,7 @@ def _reflect(carry: tuple[Array, Array, Array, Array], of_column: Any) -> Any:
     dot = functools.partial(jnp.dot, precision=PRECISION)
     columns = columns - tau * jnp.outer(v, dot(v, columns))
     u = tau * (v - dot(left, dot(v, right)))
-    pivots = pivots.at[j].set(jnp.where(there, p, n).astype(pivots.dtype))
+    pivots = pivots.at[j].set(jnp.where(there, p, _UNKNOWN).astype(pivots.dtype))
     return (left.at[:, j].set(u), right.at[:, j].set(v), columns, pivots), None
 
 

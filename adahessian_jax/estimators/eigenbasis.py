@@ -235,7 +235,7 @@ class _InEigenbasis(Estimator):
         if self.axes_from == "gradients":
             state = self._seen(state, updates, turned)
         k = self.turn_interval
-        due = (count < k) | (count % k == k - 1)
+        due = (count <= k) | (count % k == 0)
         groups = alike(updates)
 
         def turn(x: tuple[Any, Any, Any]) -> Any:

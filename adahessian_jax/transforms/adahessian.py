@@ -29,6 +29,7 @@ from adahessian_jax._src.estimator import Estimator
 from adahessian_jax._src.meshes import check_sharded_alike
 from adahessian_jax._src.moving_average import as_dtype, debias, ema
 from adahessian_jax._src.orthogonal import rotate_tree
+from adahessian_jax._src.xla import read_first
 from adahessian_jax.estimators.eigenbasis import find_bases
 from adahessian_jax.estimators.hutchinson import hutchinson
 
@@ -164,8 +165,8 @@ def divide_by(
         turned = rotate_tree(updates, bases)
         mu = jax.tree.map(lambda g, m: ema(b1, g, m), turned, state.mu)
         kept = jax.tree.map(lambda m, old: jnp.asarray(m, old.dtype), mu, state.mu)
-        average, nu, kept = curvature_average.update(
-            updates, state.curvature, params, turned=turned, mu=kept, **extra_args
+        average = curvature_average.update(
+            updates, state.curvature, params, **extra_args
         )
         mu_scale = debias(b1, average.count)
         if nesterov:
@@ -189,8 +190,12 @@ def divide_by(
                 step = jnp.clip(step, -bound, bound)
             return step
 
-        steps = jax.tree.map(rescale, params, mu, nu)
-        steps = rotate_tree(steps, bases, back=True)
+        steps = jax.tree.map(rescale, params, mu, average.nu)
+        if any(bases):
+            steps, kept, nu = read_first(steps, kept, average.nu)
+            average = average._replace(nu=nu)
+            steps = rotate_tree(steps, bases, back=True)
+        average, kept = curvature_average.observe(updates, turned, average, kept)
         steps = map_floats(lambda x, g: x.astype(g.dtype), steps, updates)
         return steps, ScaleByAdaHessianState(kept, average)
 
