@@ -220,11 +220,9 @@ class CurvatureAverage:
         estimator = self.estimator.update
         if not isinstance(estimator, Estimator):
             return state, mu
-        averages = mu, state.nu
-        averages, estimator_state = estimator.observe(
-            updates, turned, state.estimator_state, averages, state.count
+        (mu, nu), estimator_state = estimator.observe(
+            updates, turned, state.estimator_state, (mu, state.nu), state.count
         )
-        mu, nu = averages
         return state._replace(nu=nu, estimator_state=estimator_state), mu
 
     def _estimate(

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bases that follow the eigenvectors of moving averages, and averages that follow."""
 
-import itertools
 import math
 from typing import Any
 
@@ -137,36 +136,43 @@ def _product_but_along(axis: int, x: Array, y: Array) -> Array:
 def turned(traces: Any, bases: Any, first: Any) -> tuple[Any, Any]:
     """Turn bases towards the eigenvectors, by one step of orthogonal iteration.
 
-    Those of one size are turned together, whatever tensor they belong to; leading
-    vectors with rows of zeros up to a power of two. ``first`` is what
-    :func:`first_seen` returned.
+    ``first`` is what :func:`first_seen` returned.
     """
     flat, of_traces = jax.tree.flatten(traces)
     begun = jax.tree.leaves(first)
     old, of_bases = jax.tree.flatten(bases, is_leaf=_is_leading)
     new: list[Any] = [None] * len(flat)
-    groups: dict[Any, list[int]] = {}
-    for i, trace in enumerate(flat):
-        n, k = trace.shape[-2:]
-        size = n if n == k else 1 << (n - 1).bit_length()
-        groups.setdefault((size, k, trace.dtype), []).append(i)
-    for (size, *_), group in groups.items():
+    for n, group in _turned_together(flat):
         members = [(flat[i], old[i], begun[i]) for i in group]
         together = jax.tree.map(
-            lambda *xs, n=size: jnp.concatenate([_matrices(x, n) for x in xs]), *members
+            lambda *xs, n=n: jnp.concatenate([_matrices(x, n) for x in xs]), *members
         )
         done = replicated(jax.vmap(_turned)(*replicated(together)))
-        sizes = [math.prod(flat[i].shape[:-2]) for i in group]
-        ends = list(itertools.accumulate(sizes))
-        for i, end, size in zip(group, ends, sizes, strict=True):
-
-            def cut(x: Array, like: Array, a: int = end - size, n: int = size) -> Array:
-                return part(x, a, n)[:, : like.shape[-2]].reshape(like.shape)
-
-            new[i] = jax.tree.map(cut, done, (flat[i], old[i]))
+        begin = 0
+        for i in group:
+            size = math.prod(flat[i].shape[:-2])
+            one = jax.tree.map(lambda x, a=begin, n=size: part(x, a, n), done)
+            new[i] = jax.tree.map(_cut, one, (flat[i], old[i]))
+            begin += size
     new_traces, new_bases = zip(*new, strict=True) if new else ((), ())
     unflatten = jax.tree.unflatten
     return unflatten(of_traces, new_traces), unflatten(of_bases, new_bases)
+
+
+def _turned_together(traces: list[Array]) -> list[tuple[int, list[int]]]:
+    """Return which are turned by one program, whatever tensor they belong to.
+
+    Those of one size are, and leading vectors with longer ones, up to twice as long: a
+    loop less to compile. Beside each group is how many rows they get.
+    """
+    groups: dict[Any, list[int]] = {}
+    rows = 0
+    for i in sorted(range(len(traces)), key=lambda i: -traces[i].shape[-2]):
+        n, k = traces[i].shape[-2:]
+        if n == k or not n <= rows <= 2 * n:
+            rows = n
+        groups.setdefault((rows, k, traces[i].dtype), []).append(i)
+    return [(rows, group) for (rows, *_), group in groups.items()]
 
 
 def _matrices(x: Array, n: int) -> Array:
@@ -174,6 +180,10 @@ def _matrices(x: Array, n: int) -> Array:
     x = x.reshape(-1, *x.shape[-2:])
     missing = 0 if x.shape[1] == 1 else n - x.shape[1]
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0)))
+
+
+def _cut(matrices: Array, like: Array) -> Array:
+    return matrices[:, : like.shape[-2]].reshape(like.shape)
 
 
 def _turned(trace: Array, q: Orthogonal, first: Array) -> tuple[Array, Orthogonal]:
