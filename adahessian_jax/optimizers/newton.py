@@ -55,9 +55,10 @@ def newton(
     :math:`\lambda` is ``weight_decay`` and :math:`\hat{m}_t, \hat{v}_t` are averages of
     gradient and curvature. With a rate of None it is found at each step, for two thirds
     of a gradient more, by :func:`adahessian_jax.scale_by_quadratic_model`; with a
-    ``b1`` of None as well, the momentum, too: for the loss of all data at once. Such a
-    rate is for the step of all parameters: have one such ``newton``, not one for each
-    of several groups, whose steps would go too far together.
+    ``b1`` of None as well, the momentum, too: for the loss of all data at once, with
+    a ``clip_threshold`` of 0.1 and an ``update_interval`` of 1. Such a rate is for the
+    step of all parameters: have one such ``newton``, not one for each of several
+    groups, whose steps would go too far together.
 
     Args:
       learning_rate: a number or a schedule; None for its own rate. Start at a tuned

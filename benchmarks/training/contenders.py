@@ -133,14 +133,16 @@ SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 def newton(*, own_rate: bool = False, **options: Any) -> Contender:
     """Return ``ah.newton`` as recommended, but for the options.
 
-    At its own rate its decay is AdamW's at a hundred times AdamW's rate.
+    At its own rate its decay is AdamW's at a hundred times AdamW's rate; with its own
+    momentum, for the loss of all data, there is no schedule.
     """
 
     def make(learning_rate: WarmupCosine, task: Task, key: jax.Array) -> Any:
         rate, decay, more = learning_rate, task.weight_decay, options
         if own_rate:
-            more = options | {"schedule": learning_rate._replace(peak=1.0)}
             rate, decay = None, decay / 100
+            if "b1" not in options:
+                more = options | {"schedule": learning_rate._replace(peak=1.0)}
         return ah.newton(rate, task.loss, weight_decay=decay, seed=key, **more)
 
     return Contender(
@@ -201,7 +203,7 @@ CONTENDERS: dict[str, Contender] = {
     "newton": newton(),
     "newton, own rate": newton(own_rate=True),
     "newton, own rate and momentum": newton(
-        own_rate=True, b1=None, update_interval=10, clip_threshold=0.1
+        own_rate=True, b1=None, update_interval=1, clip_threshold=0.1
     )._replace(whole_batch=True),
     "soap": plain(ah.soap),
 }
@@ -210,6 +212,14 @@ CONTENDERS: dict[str, Contender] = {
 VARIANTS: dict[str, Contender] = {
     "Zack-Dugue, eps=0.01": Contender(zack_dugue(0.01), 0.3, "loss"),
     "Zack-Dugue, eps=0.01, delayed": delayed(zack_dugue(0.01), hutchinson("normal")),
+    "newton, own rate and momentum, damped": newton(
+        own_rate=True,
+        b1=None,
+        b2=0.95,
+        eps=1e-4,
+        update_interval=1,
+        clip_threshold=None,
+    )._replace(whole_batch=True),
     "newton, clip 0.1": newton(clip_threshold=0.1),
     "newton, clip 1": newton(clip_threshold=1.0),
     "newton, b1=0.9, no lookahead": parts_of_newton(b1=0.9, nesterov=False),

@@ -18,7 +18,7 @@ from benchmarks.training.tasks import Task
 
 RECORDS = 20  # how often a run is evaluated
 FACTOR = 10**0.5  # between learning rates of the search
-PARTS = 4  # a quadratic model is of the first of so many parts of the batch
+PARTS = 4  # a quadratic model is of the first of so many parts of a changing batch
 TUNING_SEED = 1000  # and those that follow
 
 
@@ -126,7 +126,7 @@ def differentiate(
     def loss_only(p: Any, batch: Any = batch) -> jax.Array:
         return task.loss_fn(p, batch)[0]
 
-    def predict_fn(p: Any, parts: int = PARTS) -> Any:
+    def predict_fn(p: Any, parts: int = 1 if contender.whole_batch else PARTS) -> Any:
         part = jax.tree.map(lambda x: x[: max(1, len(x) // parts)], batch)
         return task.loss_fn(p, part)[1]
 
