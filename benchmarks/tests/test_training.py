@@ -147,7 +147,7 @@ def tables():
     for name in OURS + SOAPS:
         known = {task: r for task, r in results.items() if name in r["contenders"]}
         made[name] = report.of_one(known, name)
-    for task in ("pinn_shallow", "pinn_deep", "quadratic_deep"):
+    for task in ("pinn_shallow", "long/pinn_shallow", "pinn_deep", "quadratic_deep"):
         made[task] = report.beside_published(read(task)).strip()
     return made | {
         "all": report.across_tasks(
