@@ -111,7 +111,8 @@ def read_first(result: Any, *read: Any) -> Any:
     Averages that a conditional may turn are else copied for whoever reads them as they
     were: a twentieth of a step in turned axes of an autoencoder.
     """
-    return jax.lax.optimization_barrier((result, *read))
+    together = result, *read
+    return jax.lax.optimization_barrier(together) if is_traced(together) else together
 
 
 @read_first.defjvp

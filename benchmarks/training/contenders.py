@@ -126,6 +126,8 @@ def clipped(learning_rate: Any, task: Task, key: jax.Array) -> Any:
     )
 
 
+# What finds rate and momentum for the loss of all data.
+OF_ALL_DATA: dict[str, Any] = {"own_rate": True, "b1": None, "update_interval": 1}
 # When ``ah.newton`` estimates.
 SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 
@@ -136,12 +138,13 @@ def newton(*, own_rate: bool = False, **options: Any) -> Contender:
     At its own rate its decay is AdamW's at a hundred times AdamW's rate; with its own
     momentum, for the loss of all data, there is no schedule.
     """
+    own_momentum = options.get("b1", 0.0) is None
 
     def make(learning_rate: WarmupCosine, task: Task, key: jax.Array) -> Any:
         rate, decay, more = learning_rate, task.weight_decay, options
         if own_rate:
             rate, decay = None, decay / 100
-            if "b1" not in options:
+            if not own_momentum:
                 more = options | {"schedule": learning_rate._replace(peak=1.0)}
         return ah.newton(rate, task.loss, weight_decay=decay, seed=key, **more)
 
@@ -150,6 +153,7 @@ def newton(*, own_rate: bool = False, **options: Any) -> Contender:
         1.0 if own_rate else 0.03,
         "outputs",
         own_rate=own_rate,
+        whole_batch=own_momentum,
         **{k: options.get(k, default) for k, default in SCHEDULE.items()},
     )
 
@@ -202,9 +206,7 @@ CONTENDERS: dict[str, Contender] = {
     "Gauss-Newton, clipped": delayed(clipped, gauss_newton, 0.03),
     "newton": newton(),
     "newton, own rate": newton(own_rate=True),
-    "newton, own rate and momentum": newton(
-        own_rate=True, b1=None, update_interval=1, clip_threshold=0.1
-    )._replace(whole_batch=True),
+    "newton, own rate and momentum": newton(**OF_ALL_DATA, clip_threshold=0.1),
     "soap": plain(ah.soap),
 }
 
@@ -213,13 +215,8 @@ VARIANTS: dict[str, Contender] = {
     "Zack-Dugue, eps=0.01": Contender(zack_dugue(0.01), 0.3, "loss"),
     "Zack-Dugue, eps=0.01, delayed": delayed(zack_dugue(0.01), hutchinson("normal")),
     "newton, own rate and momentum, damped": newton(
-        own_rate=True,
-        b1=None,
-        b2=0.95,
-        eps=1e-4,
-        update_interval=1,
-        clip_threshold=None,
-    )._replace(whole_batch=True),
+        **OF_ALL_DATA, b2=0.95, eps=1e-4, clip_threshold=None
+    ),
     "newton, clip 0.1": newton(clip_threshold=0.1),
     "newton, clip 1": newton(clip_threshold=1.0),
     "newton, b1=0.9, no lookahead": parts_of_newton(b1=0.9, nesterov=False),
