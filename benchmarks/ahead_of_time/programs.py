@@ -15,8 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-import adahessian_jax as ah
-from benchmarks.cost.contenders import LEARNING_RATE, Recipe, recipes, with_objective
+from benchmarks.cost.contenders import recipes
 from benchmarks.networks import Network
 
 TARGETS = {"tpu": "TPU v5e", "cuda": "NVIDIA H100"}
@@ -37,10 +36,10 @@ _ROWS = {  # of the table of costs, what is compiled here: its name and which pr
     "hutchinson": ("every step", 0),
     "4 probes": ("4 probes", 0),
     "gauss_newton": ("Gauss-Newton", 0),
-    "newton, estimate": ("in_eigenbasis, every 20", 0),
-    "newton, between": ("in_eigenbasis, every 20", 1),
-    "newton, own rate, estimate": ("in_eigenbasis, every 20, own rate", 0),
-    "newton, own rate, between": ("in_eigenbasis, every 20, own rate", 1),
+    "newton, estimate": ("newton", 0),
+    "newton, between": ("newton", 1),
+    "newton, own rate, estimate": ("newton, own rate", 0),
+    "newton, own rate, between": ("newton, own rate", 1),
     "soap": ("soap", 0),
     "published.paper": ("paper", 0),
     "published.davda54": ("davda54, every 10", 0),
@@ -62,10 +61,8 @@ def devices_of(target: str) -> list[Any]:
 
 def step_and_optimizer(net: Network, name: str) -> tuple[Any, Any]:
     """Return the step of a row, ``(params, state, *batch)``, and its optimizer."""
-    soap = ah.soap(LEARNING_RATE, stacked=net.stacked)
-    more = {"soap": Recipe(soap, (with_objective(net, soap),))}
     key, index = _ROWS[name]
-    recipe = (recipes(net) | more)[key]
+    recipe = recipes(net)[key]
     return recipe.steps[index], recipe.tx
 
 

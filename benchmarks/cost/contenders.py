@@ -2,6 +2,7 @@
 """The steps whose cost is compared, in JAX."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,8 @@ class Recipe(NamedTuple):
     steps: tuple[Step, ...]  # ``(params, state, *batch)`` to ``(params, state, ...)``
     shares: tuple[float, ...] = (1.0,)  # what fraction of all steps each of them is
     cycle: int = 1  # after how many calls a single step has done all that it does
-    # Whether there is a gradient inside a loop or branch: the compiler does not count
-    # its FLOPs as they are executed, and on CPU XLA does not optimise convolutions
-    # there.
+    # Whether there is a gradient inside a loop or branch, where XLA does not optimise
+    # convolutions on CPU.
     loops: bool = False
 
 
@@ -67,12 +67,14 @@ def fused(net: Network, tx: Any, outputs: bool = False, refresh: Any = None) -> 
     return step
 
 
-def every(interval: int, net: Network, tx: Any, *, outputs: bool = False) -> Recipe:
+def every(
+    interval: int, net: Network, tx: Any, *, outputs: bool = False, cycle: int = 1
+) -> Recipe:
     """Refresh every so many steps, chosen on the host: two compiled steps."""
     if interval == 1:
         return Recipe(tx, (fused(net, tx, outputs),))
     steps = tuple(fused(net, tx, outputs, refresh) for refresh in (True, False))
-    return Recipe(tx, steps, (1 / interval, 1 - 1 / interval))
+    return Recipe(tx, steps, (1 / interval, 1 - 1 / interval), cycle)
 
 
 def recipes(net: Network) -> dict[str, Recipe]:
@@ -91,8 +93,9 @@ def recipes(net: Network) -> dict[str, Recipe]:
     davda54_10 = ah.published.davda54(LEARNING_RATE, update_each=10)
     paper = ah.published.paper(LEARNING_RATE, average_conv_kernel=convolutional)
     factor = ah.gauss_newton(LOSS)
-    newton = ah.newton(LEARNING_RATE, LOSS, stacked=net.stacked)
-    own_rate = ah.newton(None, LOSS, stacked=net.stacked)
+    turning = {"stacked": net.stacked, "turn_interval": 10}
+    soap = ah.soap(LEARNING_RATE, **turning)
+    newton = partial(every, 20, net, outputs=True, cycle=10)
     return {
         "optax.adam": Recipe(adam, (with_objective(net, adam),)),
         "every step": every(1, net, plain),
@@ -109,8 +112,9 @@ def recipes(net: Network) -> dict[str, Recipe]:
         "Gauss-Newton, every 10": every(
             10, net, adahessian(10, estimator=factor), outputs=True
         ),
-        "in_eigenbasis, every 20": every(20, net, newton, outputs=True),
-        "in_eigenbasis, every 20, own rate": every(20, net, own_rate, outputs=True),
+        "soap": Recipe(soap, (with_objective(net, soap),), cycle=10),
+        "newton": newton(ah.newton(LEARNING_RATE, LOSS, **turning)),
+        "newton, own rate": newton(ah.newton(None, LOSS, **turning)),
         "optax sophia": sophia(1),
         "optax sophia, every 10": sophia(10),
     }
@@ -152,5 +156,7 @@ def prepare(name: str, recipe: Recipe, params: Any, batch: Sequence[Any]) -> Con
         flops += share * (compiled.cost_analysis() or {}).get("flops", 0.0)
         usage = compiled.memory_analysis()
         memory = max(memory, usage.temp_size_in_bytes if usage else 0)
-    costs = {"flops": None if recipe.loops else flops, "memory": memory}
+    # The compiler does not count a loop's or a branch's FLOPs as they are executed.
+    counted = not recipe.loops and recipe.cycle == 1
+    costs = {"flops": flops if counted else None, "memory": memory}
     return Contender(name, programs, (params, state), costs)
