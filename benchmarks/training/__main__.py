@@ -91,8 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rate", type=float, help="of all but AdamW, in place of a search")
     keep = "take the learning rates that an earlier run found"
     add("--searched", action="store_true", help=keep)
-    out = Path(__file__).parent.parent / "results" / "training"
-    add("--out", type=Path, default=out, help="a directory")
+    add("--out", type=Path, default=report.RESULTS, help="a directory")
     return parser
 
 

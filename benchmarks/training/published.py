@@ -2,7 +2,7 @@
 """Tasks of others with figures that they published, to be run beside them.
 
 Their optimizers were tuned by their authors, on machines of theirs: what is compared is
-what a number of steps brings.
+what a number of steps brings. The figures are in ``results/training/published.csv``.
 """
 
 import itertools
@@ -174,55 +174,3 @@ def deep_autoencoder() -> Task:
 
 _MAKERS = (pinn_shallow, pinn_deep, quadratic_deep, fmnist_2c2d, deep_autoencoder)
 PUBLISHED_TASKS: dict[str, Callable[[], Task]] = {f.__name__: f for f in _MAKERS}
-
-_PINNS = "relative L2 error, Dangel et al., https://arxiv.org/abs/2405.15603"
-_DEEPOBS = "Schneider et al., https://openreview.net/forum?id=rJg6ssC5Y7"
-# Where figures are from, and what each optimizer reached by numbers of steps.
-PUBLISHED: dict[str, tuple[str, dict[str, dict[int, float]]]] = {
-    "pinn_shallow": (
-        _PINNS,
-        {
-            "Adam": {100: 1.7, 500: 0.40, 1000: 0.12, 10_000: 5.9e-3},
-            "L-BFGS": {100: 5.3e-4, 500: 1.8e-4, 1000: 1.8e-4},
-            "Hessian-free": {100: 2.8e-4, 500: 2.3e-6, 1000: 7.8e-7},
-            "K-FAC, line search": {
-                100: 1.4e-2,
-                500: 5.7e-5,
-                1000: 1.9e-5,
-                10_000: 9.9e-7,
-            },
-            "K-FAC, own rate and momentum": {
-                100: 2.9e-2,
-                500: 1.4e-3,
-                1000: 2.7e-4,
-                10_000: 2.3e-6,
-            },
-            "natural gradient by layers": {100: 5.5e-3, 500: 2.6e-6, 1000: 2.1e-7},
-            "natural gradient, diagonal": {100: 4.6e-2, 500: 3.6e-2, 1000: 3.0e-2},
-        },
-    ),
-    "pinn_deep": (
-        _PINNS,
-        {
-            "Adam": {100: 1.7, 1000: 5.7e-2, 10_000: 2.6e-2},
-            "L-BFGS": {100: 5.0e-4, 1000: 3.4e-4},
-            "Hessian-free": {100: 2.0e-4, 500: 1.6e-6},
-            "K-FAC, line search": {100: 1.4e-2, 1000: 7.4e-5},
-            "K-FAC, own rate and momentum": {100: 2.7e-3, 1000: 1.2e-5, 10_000: 8.5e-7},
-            "natural gradient, diagonal": {100: 0.11, 1000: 6.2e-2},
-        },
-    ),
-    "quadratic_deep": (
-        f"test loss after 100 epochs, other noise, {_DEEPOBS}",
-        {"Adam": {700: 87.11}, "SGD": {700: 87.40}, "momentum": {700: 87.05}},
-    ),
-    "fmnist_2c2d": (
-        f"share of test images that are misclassified, {_DEEPOBS}",
-        {"Adam": {469: 0.147, 2344: 0.103, 4687: 0.090}},
-    ),
-    "deep_autoencoder": (
-        "test loss on MNIST in place of Fashion-MNIST,"
-        " https://github.com/renyiryry/kbfgs_neurips2020_public",
-        {"K-FAC": {600: 62.5, 1200: 58.5}, "K-BFGS": {600: 61.0, 1200: 58.5}},
-    ),
-}

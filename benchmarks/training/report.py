@@ -4,15 +4,16 @@
 import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from benchmarks.tables import markdown
-from benchmarks.training.published import PUBLISHED
 
 Result = dict[str, Any]
+RESULTS = Path(__file__).parent.parent / "results" / "training"
 
 
 def final(runs: list[dict[str, Any]], which: str = "validation") -> np.ndarray:
@@ -132,19 +133,21 @@ def table(result: Result) -> str:
 
 def beside_published(result: Result) -> str:
     """Lay out what is reported after some steps beside published figures, if any."""
-    task = result["task"]
-    if task not in PUBLISHED:
+    table = pd.read_csv(RESULTS / "published.csv").query("task == @result['task']")
+    if table.empty:
         return ""
-    source, figures = PUBLISHED[task]
-    steps = sorted({k for row in figures.values() for k in row if k <= result["steps"]})
-    rows = {f"{name}, published": row for name, row in figures.items()}
+    figures = table.pivot(index="steps", columns="optimizer", values="reported")
+    figures = figures[table["optimizer"].unique()].loc[: result["steps"]]
+    rows = figures.add_suffix(", published").to_dict()
     for name, entry in result["contenders"].items():
         runs = entry["equal steps"]
         curve = np.exp(np.mean([np.log(run["validation"]) for run in runs], axis=0))
         rows[name] = dict(zip(runs[0]["steps"], curve, strict=False))
-    frame = pd.DataFrame(rows).reindex(steps).T.map("{:.4g}".format, na_action="ignore")
-    table = markdown(frame.fillna("-").rename(columns="{:,} steps".format))
-    return f"\n`{task}` beside published figures ({source}):\n\n{table}"
+    frame = pd.DataFrame(rows).reindex(figures.index).T
+    frame = frame.map("{:.4g}".format, na_action="ignore").fillna("-")
+    cells = markdown(frame.rename(columns="{:,} steps".format))
+    source = table["source"].iloc[0]
+    return f"\n`{result['task']}` beside published figures ({source}):\n\n{cells}"
 
 
 def across_tasks(
