@@ -37,8 +37,9 @@ PEERS = ("optax sophia", "somax", "pytorch_optimizer")
 STEPS = """## Steps
 
 Ratio to the same network's Adam step: time / FLOPs / peak temporary memory.
-All steps are run in turn, in several rounds; the time is the median over
-rounds, each step having run once untimed in its turn, as in a training loop.
+All steps are run in turn; the time is the median over 7 to 15 rounds, or as
+many as stand beside it, each step having run once untimed in its turn, as in
+a training loop.
 FLOPs and memory are the compiler's. FLOPs are left out where a step has a
 loop or a branch, because the compiler counts the body of a loop once and the
 dearer side of a branch, and for torch.
@@ -86,7 +87,7 @@ def scaling(cases: dict[str, Any]) -> str:
 def _triple(row: dict[str, Any]) -> str:
     costs = [row["ratio"], row.get("flops_ratio"), row.get("memory_ratio")]
     parts = ["-" if x is None else f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in costs]
-    few = f" ({row['rounds']} rounds)" if row["rounds"] < 10 else ""
+    few = f" ({row['rounds']} rounds)" if row["rounds"] < 7 else ""
     return " / ".join(parts).removesuffix(" / -").removesuffix(" / -") + few
 
 
@@ -120,8 +121,9 @@ def plot(cases: dict[str, Any], path: Path) -> None:
         aspect=(2 + 3.2 / len(cases)) / height,
     )
     longest = 2.2 * frame["ratio"].max()
-    grid.set(xscale="log", xticks=(1, 2, 5, 10, 20, 50), xlim=(1, longest))
+    grid.set(xscale="log", xticks=(1, 2, 5, 10, 20, 50), xlim=(0.9, longest))
     for ax in grid.axes.flat:
+        ax.axvline(1, color="black", linewidth=0.8)
         for bars in ax.containers:
             ax.bar_label(bars, fmt="{:.3g}", padding=2, fontsize=8)
         ax.xaxis.set_major_formatter("{x:g}")
