@@ -147,7 +147,7 @@ def zack_dugue(
     eps: ArrayLike = 1e-8,
     wd: ArrayLike = 0.0,
     *,
-    control_variate: bool = True,
+    control_variate: bool = False,
     mc_iters: int = 1,
     weight_decay_mask: Any = None,
     probe: str | Probe = "normal",
@@ -164,7 +164,7 @@ def zack_dugue(
       betas: decay rates of the averages of gradient and curvature.
       eps: added to the denominator.
       wd: decoupled weight decay.
-      control_variate: subtract the average from the product, as the code does, which
+      control_variate: subtract the average from the product, as the code can, which
         biases it: see :func:`adahessian_jax.ema_control`.
       mc_iters: how many probes an estimate averages, at least 1.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.

@@ -46,10 +46,10 @@ FORMS = {
         0.05, weight_decay=0.01, average_conv_kernel=AVERAGE, probe=probe
     ),
     "zackdugue_mlp_control_variate": lambda probe: ah.published.zack_dugue(
-        0.01, probe=probe
+        0.01, control_variate=True, probe=probe
     ),
     "zackdugue_mlp_plain": lambda probe: ah.published.zack_dugue(
-        0.01, wd=0.01, control_variate=False, mc_iters=2, probe=probe
+        0.01, wd=0.01, mc_iters=2, probe=probe
     ),
 }
 

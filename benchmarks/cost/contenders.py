@@ -92,6 +92,7 @@ def recipes(net: Network) -> dict[str, Recipe]:
     plain = adahessian()
     davda54_10 = ah.published.davda54(LEARNING_RATE, update_each=10)
     paper = ah.published.paper(LEARNING_RATE, average_conv_kernel=convolutional)
+    with_control = ah.published.zack_dugue(LEARNING_RATE, control_variate=True)
     factor = ah.gauss_newton(LOSS)
     turning = {"stacked": net.stacked, "turn_interval": 10}
     soap = ah.soap(LEARNING_RATE, **turning)
@@ -106,7 +107,7 @@ def recipes(net: Network) -> dict[str, Recipe]:
         "davda54, every 10, cond": Recipe(
             davda54_10, (fused(net, davda54_10),), cycle=10, loops=True
         ),
-        "zack_dugue": every(1, net, ah.published.zack_dugue(LEARNING_RATE)),
+        "zack_dugue": every(1, net, with_control),
         "4 probes": every(1, net, adahessian(estimator=ah.hutchinson(4))),
         "Gauss-Newton": every(1, net, adahessian(estimator=factor), outputs=True),
         "Gauss-Newton, every 10": every(

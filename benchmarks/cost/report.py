@@ -19,7 +19,7 @@ CONTENDERS = {  # name: what it is
     "paper": "`published.paper`, averaging where there are convolutions",
     "davda54, every 10": "`published.davda54(update_each=10)`, chosen on the host",
     "davda54, every 10, cond": "the same, by `jax.lax.cond`",
-    "zack_dugue": "`published.zack_dugue`",
+    "zack_dugue": "`published.zack_dugue(control_variate=True)`",
     "4 probes": "`hutchinson(4)`, every step",
     "Gauss-Newton": "`gauss_newton`, every step",
     "Gauss-Newton, every 10": "`gauss_newton`, every 10 steps, chosen on the host",

@@ -3,7 +3,6 @@
 
 import json
 import math
-import pathlib
 
 import jax
 import numpy as np
@@ -11,12 +10,18 @@ import optax
 import pytest
 
 from benchmarks.training import protocol, report
-from benchmarks.training.__main__ import ALL, main
-from benchmarks.training.contenders import CONTENDERS, VARIANTS, WarmupCosine, sophia
+from benchmarks.training.__main__ import main
+from benchmarks.training.contenders import (
+    ALL,
+    CONTENDERS,
+    VARIANTS,
+    WarmupCosine,
+    sophia,
+)
 from benchmarks.training.published import PUBLISHED_TASKS
 from benchmarks.training.tasks import quadratic
 
-RESULTS = pathlib.Path(protocol.__file__).parent.parent / "results" / "training"
+RESULTS = report.RESULTS
 
 
 @pytest.mark.parametrize("best", [1e-4, 1e-2, 1.0, 50.0])

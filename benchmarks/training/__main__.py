@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,15 @@ import jax
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.cost.timing import keep_memory
 from benchmarks.training import protocol, report
-from benchmarks.training.contenders import CONTENDERS, VARIANTS
+from benchmarks.training.contenders import ALL, CONTENDERS
 from benchmarks.training.published import PUBLISHED_TASKS
 from benchmarks.training.tasks import TASKS as OWN_TASKS
 from benchmarks.training.tasks import Task
 
 TASKS = OWN_TASKS | PUBLISHED_TASKS
-ALL = CONTENDERS | VARIANTS
 CONSOLE = Console()
-# By default glibc hands temporaries above 32 MB back after every step, which costs more
-# than some of the steps, and then ratios say whether a step is just above or below.
-KEPT = (
-    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
-    ":glibc.malloc.top_pad=268435456"
-)
 
 
 def main() -> None:
@@ -147,6 +140,5 @@ def compare(
 
 
 if __name__ == "__main__":
-    if "GLIBC_TUNABLES" not in os.environ:  # it is read when a process starts
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": KEPT})
+    keep_memory()
     main()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizers that are compared, each with all settings fixed but the learning rate.
 
-All have the same weight decay, and the same schedule: linear warm-up over the first 5 %
-of the steps, then a cosine to zero.
+They have the task's weight decay, L-BFGS and ``newton`` at its own rate less or none,
+and one schedule: linear warm-up over the first 5 % of the steps, then a cosine to zero.
 """
 
 from collections.abc import Callable
@@ -239,3 +239,4 @@ VARIANTS: dict[str, Contender] = {
     "soap, 2 vectors": plain(ah.soap, n_vectors=2),
     "soap, 32 vectors": plain(ah.soap, n_vectors=32),
 }
+ALL = CONTENDERS | VARIANTS

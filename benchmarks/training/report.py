@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.tables import markdown
+from benchmarks.training.contenders import ALL
 
 Result = dict[str, Any]
 RESULTS = Path(__file__).parent.parent / "results" / "training"
@@ -105,7 +106,7 @@ def table(result: Result) -> str:
     found = result["contenders"]
     rows = {
         name: {
-            "rate": f"{entry['rate']:.3g}",
+            "rate": rate(result, name),
             "good within a factor": good_width(entry),
             "cost": f"{entry['cost']:.2f}",
             "training loss": mean_loss(entry, "train"),
@@ -177,8 +178,9 @@ def to_best_of(names: Iterable[str]) -> Callable[[Result, str], str]:
 
 
 def rate(result: Result, name: str) -> str:
-    """Return the learning rate that was chosen as a cell."""
-    return f"{result['contenders'][name]['rate']:.2g}"
+    """Return the learning rate that was chosen as a cell, if one was."""
+    own = ALL[name].own_rate
+    return "own" if own else f"{result['contenders'][name]['rate']:.2g}"
 
 
 def of_delay(results: dict[str, Result], delayed: dict[str, str]) -> str:
