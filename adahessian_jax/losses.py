@@ -19,6 +19,7 @@ from jax import Array
 
 from adahessian_jax._src.checks import check_callable, check_scalar
 from adahessian_jax._src.loss import Loss as Loss
+from adahessian_jax._src.stacks import over_layers
 
 
 def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
@@ -50,8 +51,7 @@ def of_row(loss: Callable[..., Array], name: str | None = None) -> Loss:
         return check_scalar("loss", loss(row, *label))
 
     def by_row(function: Any, labels: Any, *arrays: Array) -> Array:
-        for _ in range(arrays[0].ndim - 1):
-            function = jax.vmap(function)
+        function = over_layers(function, arrays[0].ndim - 1)
         return function(*arrays) if labels is None else function(*arrays, labels)
 
     def factor(f: Array, signs: Array, labels: Any) -> Array:

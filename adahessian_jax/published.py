@@ -23,7 +23,7 @@ from adahessian_jax._src.decay_and_rate import (
 )
 from adahessian_jax.estimators.control_variates import ema_control
 from adahessian_jax.estimators.hutchinson import Probe, hutchinson
-from adahessian_jax.transforms.adahessian import divide_by
+from adahessian_jax.transforms.adahessian import divide_by, scale_by_adahessian
 from adahessian_jax.transforms.averaging import conv_spatial_average
 from adahessian_jax.transforms.soap import scale_by_soap
 
@@ -134,8 +134,10 @@ def davda54(
         check_flag("average_conv_kernel", averaging)
         averaging = conv_spatial_average() if averaging else None
     estimator = hutchinson(n_samples, probe=probe, seed=seed, axis_name=axis_name)
+    b1, b2 = _pair(betas)
+    parts = b2, "rms", estimator, update_each, 0, averaging, None, eps, hessian_power
     return optax.chain(
-        _divide_by("rms", estimator, betas, eps, hessian_power, update_each, averaging),
+        divide_by(CurvatureAverage(*parts, reuse_estimate=True), b1),
         decoupled_weight_decay(weight_decay, weight_decay_mask),
         scale_by_rate(lr, "lr"),
     )
@@ -192,13 +194,16 @@ def zack_dugue(
     estimator = hutchinson(
         mc_iters, probe=probe, control_variate=control, seed=seed, axis_name=axis_name
     )
+    b1, b2 = _pair(betas)
 
     def warm_up(count: Array) -> Array:
         steps = count.astype(jax.dtypes.canonicalize_dtype("float64")) + 1
-        return (1 - jnp.asarray(betas[0], steps.dtype) ** steps) ** 2
+        return (1 - jnp.asarray(b1, steps.dtype) ** steps) ** 2
 
     return optax.chain(
-        _divide_by("mean", estimator, betas, eps, 0.5),
+        scale_by_adahessian(
+            b1, b2, eps, hessian_ema="mean", hessian_power=0.5, estimator=estimator
+        ),
         optax.scale_by_schedule(warm_up),
         decoupled_weight_decay(wd, weight_decay_mask, "wd"),
         scale_by_rate(lr, "lr"),
@@ -265,18 +270,3 @@ def _pair(betas: Any) -> Any:
     for i, beta in enumerate(betas):
         check_float(f"betas[{i}]", beta, 0.0, 1.0)
     return betas
-
-
-def _divide_by(
-    hessian_ema: str,
-    estimator: Any,
-    betas: Any,
-    eps: Any,
-    hessian_power: Any,
-    update_each: int = 1,
-    averaging: Any = None,
-) -> optax.GradientTransformationExtraArgs:
-    b1, b2 = _pair(betas)
-    parts = b2, hessian_ema, estimator, update_each, 0, averaging, None
-    average = CurvatureAverage(*parts, eps, hessian_power, reuse_estimate=True)
-    return divide_by(average, b1)

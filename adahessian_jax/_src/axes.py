@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, map_floats
-from adahessian_jax._src.jaxprs import takes_step
 
 AxisName = str | tuple[str, ...] | None
 
@@ -49,6 +48,22 @@ def communicates(fun: Callable[[Any], Any], params: Any, axis_name: AxisName) ->
 
 
 _LOCAL = ("axis_index", "pvary", "pcast")
+
+
+def takes_step(fun: Callable[[Any], Any], x: Any, is_it: Callable[[Any], bool]) -> bool:
+    """Whether a function of x takes a step of some kind, or one inside does."""
+
+    def found(part: Any) -> bool:
+        if isinstance(part, tuple | list):
+            return any(map(found, part))
+        part = getattr(part, "jaxpr", part)
+        steps = getattr(part, "eqns", ())
+        return any(is_it(step) or found(tuple(step.params.values())) for step in steps)
+
+    def arrays(x: Any) -> list[Any]:  # of auxiliary values some may be none
+        return [y for y in jax.tree.leaves(fun(x)) if hasattr(y, "dtype")]
+
+    return found(jax.make_jaxpr(arrays)(x))
 
 
 def axis_size(axis_name: AxisName) -> int:

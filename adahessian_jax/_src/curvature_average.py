@@ -98,6 +98,7 @@ class CurvatureAverage:
 
     def init(self, params: optax.Params) -> CurvatureState:
         """Return the initial state."""
+        checks.check_params(params)
         checks.check_real("params", params)
         declare(self)
         warn_if_unused(self.averaging, params)
@@ -123,7 +124,6 @@ class CurvatureAverage:
         self, updates: Any, state: CurvatureState, params: Any, extra_args: Any
     ) -> None:
         """Raise unless an update can be made of these."""
-        checks.check_params(params)
         checks.check_like("updates", updates, params)
         checks.check_spelling(extra_args, _EXTRA_ARGS)
         if "where" in extra_args:
@@ -154,9 +154,17 @@ class CurvatureAverage:
                 name, diag = "hessian_diag", hessian_diag
             else:
                 name = "the estimator's diagonal"
-                diag, estimator_state = self._estimate(
-                    updates, estimator_state, params, extra_args, state
-                )
+                args = extra_args | self.handed_on(state)
+                estimate = self.estimator.update
+                if isinstance(estimate, Estimator):  # before it is rounded
+                    args |= {"updates": updates}
+                    *_, diag, estimator_state = estimate.value_and_grad(
+                        None, estimator_state, params, **args
+                    )
+                else:
+                    diag, estimator_state = estimate(
+                        updates, estimator_state, params, **args
+                    )
             diag = mask_like(diag, params)
             checks.check_like(name, diag, params)
             axes.check_replicas(diag, params)
@@ -204,44 +212,6 @@ class CurvatureAverage:
             refresh_due=None if self.always else due,
             estimator_state=estimator_state,
         )
-
-    def observe(
-        self,
-        updates: optax.Updates,
-        turned: optax.Updates,
-        state: CurvatureState,
-        mu: optax.Updates,
-    ) -> tuple[CurvatureState, optax.Updates]:
-        """Have the estimator see an update's gradients, once ``state`` is moved on.
-
-        ``turned`` are those in the bases of the state, ``mu`` their average there. It
-        is returned, and that of curvature in the state, in those of the next update.
-        """
-        estimator = self.estimator.update
-        if not isinstance(estimator, Estimator):
-            return state, mu
-        (mu, nu), estimator_state = estimator.observe(
-            updates, turned, state.estimator_state, (mu, state.nu), state.count
-        )
-        return state._replace(nu=nu, estimator_state=estimator_state), mu
-
-    def _estimate(
-        self,
-        updates: Any,
-        estimator_state: Any,
-        params: Any,
-        extra_args: Any,
-        state: Any,
-    ) -> tuple[optax.Updates, Any]:
-        """Have the estimator make an estimate; a control variate gets the average."""
-        args = {**extra_args, **self.handed_on(state)}
-        estimate = self.estimator.update
-        if not isinstance(estimate, Estimator):
-            return estimate(updates, estimator_state, params, **args)
-        *_, diag, estimator_state = estimate.value_and_grad(
-            None, estimator_state, params, updates=updates, **args
-        )
-        return diag, estimator_state
 
     def denominator(self, v: Array) -> Array:
         """Return what momentum is divided by where the average is v."""

@@ -21,19 +21,8 @@ def decoupled_weight_decay(
     decay = optax.add_decayed_weights(weight_decay, mask)
     if is_static(weight_decay, 0) and mask is None:
         decay = optax.identity()
-
-    def of_floats(params: Any) -> optax.GradientTransformation:
-        """A parameter that is not floating point is frozen, and must not decay."""
-        check_params(params)
-        return optax.masked(decay, jax.tree.map(is_differentiable, params))
-
-    def init_fn(params: Any) -> optax.OptState:
-        return of_floats(params).init(params)
-
-    def update_fn(updates: Any, state: Any, params: Any = None) -> Any:
-        return of_floats(params).update(updates, state, params)
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    # A parameter that is not floating point is frozen, and must not decay.
+    return optax.masked(decay, lambda tree: jax.tree.map(is_differentiable, tree))
 
 
 def scale_by_rate(learning_rate: Any, name: str = "learning_rate") -> Any:

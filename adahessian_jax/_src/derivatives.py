@@ -11,7 +11,6 @@ from jax import Array
 
 from adahessian_jax._src import checks
 from adahessian_jax._src.dtypes import accumulation_dtype, is_differentiable, wide
-from adahessian_jax._src.jaxprs import takes_step
 
 Floats = list[Array]
 
@@ -135,39 +134,6 @@ def _finite_difference(gradient: Any, x: Floats, v: Floats) -> Any:
 
 def _times(scale: Array, x: Array, like: Array) -> Array:
     return (scale * x.astype(scale.dtype)).astype(like.dtype)
-
-
-def push_forward(function: Any, x: Floats, v: Floats) -> tuple[Any, Any, Any]:
-    """Return what ``function`` gives, ``(outputs, aux)``, and its Jacobian times v."""
-    if any(wide(a).dtype != a.dtype for a in x):
-        v, largest = normalized(v)
-    else:
-        largest = None
-    v = [b.astype(a.dtype) for a, b in zip(x, v, strict=True)]
-    if _has_no_forward_rule(function, x):
-        # The transpose of the transposed Jacobian, then.
-        outputs, pullback, aux = jax.vjp(function, x, has_aux=True)
-        try:
-            _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
-            (product,) = transposed(v)
-        except ValueError as error:
-            error.add_note(
-                "This is the product of the network's Jacobian with a step, for a"
-                " learning rate of its own: give one, which needs no such product."
-            )
-            raise
-    else:
-        outputs, product, aux = jax.jvp(function, (x,), (v,), has_aux=True)
-    product = wide(product)
-    return outputs, aux, product if largest is None else largest * product
-
-
-def _has_no_forward_rule(function: Any, x: Floats) -> bool:
-    """Whether some step of a function has a rule for its transposed Jacobian alone.
-
-    Inside ``jit`` it can be evaluated, and fails when it is compiled.
-    """
-    return takes_step(function, x, lambda step: "custom_vjp" in step.primitive.name)
 
 
 _MODES = {

@@ -37,14 +37,6 @@ class Estimator(abc.ABC):
     kind: str
 
     @property
-    def factor(self) -> "Estimator | None":
-        """The estimator whose estimate's square this one's is, if any.
-
-        The mean of its estimate's outer product with itself is the whole curvature.
-        """
-        return None
-
-    @property
     def transformation(self) -> optax.GradientTransformationExtraArgs:
         """The estimator as optax takes it."""
         return optax.GradientTransformationExtraArgs(self.init, self)
@@ -75,24 +67,6 @@ class Estimator(abc.ABC):
         outputs), aux)``. Where it is None there is neither value nor gradient, and
         ``extra_args`` has the functions.
         """
-
-    def observe(
-        self,
-        updates: optax.Updates,
-        turned: optax.Updates,
-        state: Any,
-        averages: tuple[optax.Updates, optax.Updates],
-        count: Array,
-    ) -> tuple[tuple[optax.Updates, optax.Updates], Any]:
-        """Look at the gradients of an update, with an estimate or without.
-
-        ``turned`` are those in the bases of the state, and ``averages`` those of the
-        gradient and of the curvature there, ``count`` says how many updates there were
-        with this one. Returns the averages in the bases of the state for the next
-        update, and that state.
-        """
-        del updates, turned, count
-        return averages, state
 
 
 class Curvature(NamedTuple):

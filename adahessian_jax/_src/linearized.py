@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from adahessian_jax._src import derivatives
 from adahessian_jax._src.axes import (
     AxisName,
     as_varying,
@@ -16,9 +15,10 @@ from adahessian_jax._src.axes import (
     check_replicas,
     communicates,
     sum_over_axis,
+    takes_step,
 )
 from adahessian_jax._src.checks import check_callable, check_scalar
-from adahessian_jax._src.derivatives import Floats, split_differentiable
+from adahessian_jax._src.derivatives import Floats, normalized, split_differentiable
 from adahessian_jax._src.dtypes import is_differentiable, wide
 from adahessian_jax._src.loss import Loss
 from adahessian_jax._src.masking import explain
@@ -93,13 +93,31 @@ def push_forward(
     """Return a network's outputs, ``where``, and the tangents of the outputs."""
     predict = _explained(predict_fn, params)
     floats, rebuild = split_differentiable(params)
-    outputs, where, tangent = derivatives.push_forward(
-        lambda x: _outputs_and_where("predict_fn", predict(rebuild(x))),
-        floats,
-        tangents,
-    )
+
+    def function(x: Floats) -> tuple[Array, Any]:
+        return _outputs_and_where("predict_fn", predict(rebuild(x)))
+
+    largest: Any = 1
+    if any(wide(x).dtype != x.dtype for x in floats):
+        tangents, largest = normalized(tangents)
+    v = [t.astype(x.dtype) for x, t in zip(floats, tangents, strict=True)]
+    # Where a step has a rule for its transposed Jacobian alone, the transpose of that:
+    # inside ``jit`` a product can be evaluated, and fails when it is compiled.
+    if takes_step(function, floats, lambda step: "custom_vjp" in step.primitive.name):
+        outputs, pullback, where = jax.vjp(function, floats, has_aux=True)
+        try:
+            _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
+            (product,) = transposed(v)
+        except ValueError as error:
+            error.add_note(
+                "This is the product of the network's Jacobian with a step, for a"
+                " learning rate of its own: give one, which needs no such product."
+            )
+            raise
+    else:
+        outputs, product, where = jax.jvp(function, (floats,), (v,), has_aux=True)
     check_replicas(outputs, floats, axis_name)
-    return outputs, where, tangent
+    return outputs, where, largest * wide(product)
 
 
 def _explained(predict_fn: Any, params: Any) -> Callable[[Any], Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adahessian_jax._src.meshes import as_if_automatic
-from adahessian_jax._src.stacks import alike, over_layers, stack, unstack
+from adahessian_jax._src.stacks import alike, over_layers, stacks, unstacked
 
 PRECISION = jax.lax.Precision.HIGHEST  # for matrices, which have to stay orthogonal
 # For what they turn: three passes on a TPU, where HIGHEST takes six, and TF32 on a GPU,
@@ -172,14 +172,12 @@ def rotate_tree(tree: Any, bases: tuple[Bases, ...], *, back: bool = False) -> A
     """Rotate the leaves of a tree that have bases, those that are alike together."""
     if not any(bases):
         return tree
-    leaves, treedef = jax.tree.flatten(tree)
-    for group, q in zip(alike(tree), bases, strict=True):
-        if any(x is not None for x in q):
-            old = [leaves[i] for i in group]
-            new = unstack(rotate(stack(old), q, back=back), old)
-            for i, x in zip(group, new, strict=True):
-                leaves[i] = x
-    return jax.tree.unflatten(treedef, leaves)
+    pairs = zip(alike(tree), bases, strict=True)
+    some = [pair for pair in pairs if any(q is not None for q in pair[1])]
+    groups = [group for group, _ in some]
+    of_groups = zip(stacks(tree, groups), some, strict=True)
+    turned = [rotate(x, q, back=back) for x, (_, q) in of_groups]
+    return unstacked(tree, groups, turned)
 
 
 def layers_ndim(matrices: Any) -> int:

@@ -13,6 +13,7 @@ from jax import Array
 
 from adahessian_jax._src.checks import check_key, check_real
 from adahessian_jax._src.dtypes import is_differentiable
+from adahessian_jax._src.xla import part
 
 _WORD = 32
 _SHORT = 1024  # entries of a tensor whose signs are not packed
@@ -79,35 +80,18 @@ def _bits(
     """Return random booleans for a tensor whose words end as given."""
     packed, axis = packing
     size = math.prod(packed)
-    words = _part(drawn, end - size, size, 0).reshape(packed)
+    words = part(drawn, end - size, size).reshape(packed)
     if axis is None:
         return (words >> (_WORD - 1)) != 0
     masks = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
     masks = masks.reshape(-1, *[1] * (len(shape) - axis - 1))
     bits = (jnp.expand_dims(words, axis + 1) & masks) != 0
     bits = bits.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-    return _part(bits, 0, shape[axis], axis)
-
-
-def _part(x: Array, begin: int, size: int, axis: int) -> Array:
-    """Cut a part out of an axis, all of which every device computes.
-
-    If the compiler knew where the part begins, it would deal all of the axis out to
-    devices, like the tensor that it is for, and send what is needed elsewhere.
-    """
-    if size == x.shape[axis]:
-        return x
-    start = jax.lax.optimization_barrier(jnp.int32(begin))
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    return part(bits, 0, shape[axis], axis)
 
 
 def normal_like(key: Array, tree: optax.Params) -> optax.Params:
-    """Draw independent standard normal numbers in the form of a tree.
-
-    Args:
-      key: a PRNG key, typed or raw; each leaf uses a key of its own, split from it.
-      tree: as for :func:`rademacher_like`, and so what is returned.
-    """
+    """Draw independent standard normal numbers in the form of a tree."""
     check_key(key)
     check_real("tree", tree)
     leaves, treedef = jax.tree.flatten(tree)

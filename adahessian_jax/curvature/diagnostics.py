@@ -120,14 +120,12 @@ def diagnostics(
             rule = "what largest_eigenvalues returned"
             checks.require(isinstance(pairs, Eigenpairs), TypeError, name, rule, pairs)
             report[name] = pairs.values[0]
-    updates, estimate, previous_estimate = (
-        x if x is None or isinstance(x, DiagonalEstimate) else mask_like(x, mu)
-        for x in (updates, estimate, previous_estimate)
-    )
     if isinstance(estimate, DiagonalEstimate):
         report["trace_standard_error"] = estimate.trace_standard_error
         report["relative_error"] = estimate.relative_error
         estimate = estimate.mean
+    trees = updates, estimate, previous_estimate
+    updates, estimate, previous_estimate = (mask_like(x, mu) for x in trees)
     if estimate is not None:
         checks.check_like("estimate", estimate, mu)
     elif inner.estimate is not None:  # of the size that averaging leaves

@@ -22,7 +22,6 @@ from adahessian_jax._src.derivatives import (
 from adahessian_jax._src.dtypes import (
     accumulation_dtype,
     dtype_of,
-    is_differentiable,
     map_floats,
     never_estimated,
     wide,
@@ -215,15 +214,16 @@ def _inverse_root(preconditioner: Any, params: Any) -> Product:
         roots, bases = _of_optimizer(tx, state, params)
     else:
         checks.check_like("preconditioner", preconditioner, params)
-        preconditioner = jax.tree.map(_as_float, preconditioner, params)
-        entries, _ = split_differentiable(preconditioner, params)
+        entries, rebuild = split_differentiable(preconditioner, params)
+        pairs = zip(entries, split_differentiable(params)[0], strict=True)
+        entries = [d.astype(accumulation_dtype(d, p)) for d, p in pairs]
         bad = [jnp.any(~(d > 0)) for d in entries]
         checks.raise_if(
             jnp.any(jnp.stack(bad)),
             "preconditioner must be positive, what momentum is divided by; infinity"
             " for parameters that do not move.",
         )
-        roots = map_floats(lambda d: jax.lax.rsqrt(wide(d)), preconditioner)
+        roots = rebuild(list(map(jax.lax.rsqrt, entries)))
         bases = ()
 
     def divided(v: Floats) -> Floats:
@@ -262,12 +262,6 @@ def _of_optimizer(tx: Any, state: Any, params: Any) -> Any:
     checks.require(fits, ValueError, "preconditioner", rule, inner.nu)
     nu = jax.tree.unflatten(treedef, entries)
     return map_floats(root, nu, shown), find_bases(inner)
-
-
-def _as_float(d: Any, p: Any) -> Any:
-    """Return entries that may be integers as what their parameter is divided by."""
-    kind = accumulation_dtype(d, p)
-    return jnp.asarray(d, kind) if is_differentiable(p) else d
 
 
 def _sum(start: Eigenpairs, params: Any, *, otherwise: Floats) -> Floats:

@@ -187,13 +187,13 @@ class _InEigenbasis(Estimator):
         self, fun: Any, state: EigenbasisState, params: Any, **extra_args: Any
     ) -> tuple[Any, Any, optax.Updates, EigenbasisState]:
         inner, inner_state = self.inner, state.estimator_state
-        bases = state.bases if jax.tree.leaves(params) else ()
+        bases = state.bases
         if self.squares:
             value, grads, factor, inner_state = inner.value_and_grad(
                 fun, inner_state, params, **extra_args
             )
             turned = rotate_tree(factor, bases)
-            if self.axes_from == "factors" and bases:
+            if self.axes_from == "factors" and any(bases):
                 state = self._seen(state, factor, turned)
             diag = dtypes.map_floats(jnp.square, turned)
             return value, grads, diag, state._replace(estimator_state=inner_state)
@@ -229,9 +229,14 @@ class _InEigenbasis(Estimator):
         state: EigenbasisState,
         averages: tuple[optax.Updates, optax.Updates],
         count: Array,
-    ) -> tuple[tuple[optax.Updates, optax.Updates], EigenbasisState]:
-        if not jax.tree.leaves(updates):
-            return averages, state
+    ) -> tuple[Any, EigenbasisState]:
+        """Look at the gradients of an update, with an estimate or without.
+
+        ``turned`` are those in the bases of the state, and ``averages`` those of the
+        gradient and of the curvature there, ``count`` says how many updates there were
+        with this one. Returns the averages in the bases of the state for the next
+        update, and that state.
+        """
         if self.axes_from == "gradients":
             state = self._seen(state, updates, turned)
         k = self.turn_interval

@@ -114,6 +114,7 @@ class _GaussNewton(Estimator):
 
     @property
     def factor(self) -> Estimator | None:
+        """The estimator whose estimate's square this one's is, of one sample."""
         single = self.n_samples == 1
         return dataclasses.replace(self, squared=False) if single else None
 

@@ -15,6 +15,7 @@ from adahessian_jax._src.checks import (
     check_float,
     check_float_dtype,
     check_like,
+    check_params,
 )
 from adahessian_jax._src.curvature_average import CurvatureAverage
 from adahessian_jax._src.curvature_state import CurvatureState, nan_if_unfit
@@ -151,7 +152,14 @@ def divide_by(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
-        _check_state(state, params)
+        check_params(params)
+        if not isinstance(state, ScaleByAdaHessianState):
+            raise TypeError(
+                "state must be a ScaleByAdaHessianState, got a"
+                f" {type(state).__name__}. Restore checkpoints into the structure of"
+                " tx.init(params)."
+            )
+        check_like("state.mu", state.mu, params)
         bases = find_bases(state.curvature)
         if any(bases) and extra_args.get("hessian_diag") is not None:
             raise ValueError(
@@ -193,21 +201,12 @@ def divide_by(
         steps = jax.tree.map(rescale, params, mu, average.nu)
         if any(bases):
             steps, kept, nu = read_first(steps, kept, average.nu)
-            average = average._replace(nu=nu)
             steps = rotate_tree(steps, bases, back=True)
-        average, kept = curvature_average.observe(updates, turned, average, kept)
+            (kept, nu), inner = curvature_average.estimator.update.observe(
+                updates, turned, average.estimator_state, (kept, nu), average.count
+            )
+            average = average._replace(nu=nu, estimator_state=inner)
         steps = map_floats(lambda x, g: x.astype(g.dtype), steps, updates)
         return steps, ScaleByAdaHessianState(kept, average)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _check_state(state: Any, params: optax.Params | None) -> None:
-    """Raise unless a state is of this transformation: one restored may not be."""
-    if not isinstance(state, ScaleByAdaHessianState):
-        raise TypeError(
-            f"state must be a ScaleByAdaHessianState, got a {type(state).__name__}."
-            " Restore checkpoints into the structure of tx.init(params)."
-        )
-    if params is not None:
-        check_like("state.mu", state.mu, params)

@@ -80,8 +80,6 @@ def scale_by_soap(
       Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, algorithm 3, and
       `nikhilvyas/SOAP <https://github.com/nikhilvyas/SOAP>`_
     """
-    checks.check_float("b1", b1, 0.0, 1.0)
-    checks.check_float("b2", b2, 0.0, 1.0)
     checks.check_float("eps", eps, 0.0)
 
     def first_grams(leaf: Any) -> Traces:
@@ -139,7 +137,9 @@ def scale_by_soap(
         grams = tuple(averaged(memory, *x) for x in seen)
 
         def start(nu_and_bases: Any) -> Any:
-            return nu_and_bases[0], jax.tree.map(_eigenvectors, grams)
+            # Eigenvectors of the largest eigenvalues are first.
+            bases = jax.tree.map(lambda x: jnp.linalg.eigh(x)[1][:, ::-1], grams)
+            return nu_and_bases[0], bases
 
         def turn(nu_and_bases: Any) -> Any:
             turned = list(map(_turned, nu_and_bases[0], grams, nu_and_bases[1]))
@@ -157,11 +157,6 @@ def scale_by_soap(
         return steps, ScaleBySoapState(count, mu, nu, grams, bases)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _eigenvectors(gram: Array) -> Array:
-    """Return the eigenvectors, those of the largest eigenvalues first."""
-    return jnp.linalg.eigh(gram)[1][:, ::-1]
 
 
 def _turned(v: Array, grams: Traces, bases: Traces) -> tuple[Array, Traces]:
