@@ -67,6 +67,7 @@ def main() -> None:
             for step in dict.fromkeys(baseline + list(args.steps)):
                 print(f"{name}, {way}: {step}", flush=True)
                 rows[step] = programs.measured(net, step, way, devices)
+                ways[way] = rows = {k: rows[k] for k in programs.STEPS if k in rows}
                 path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     report.write(path)
 
