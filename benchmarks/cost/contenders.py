@@ -94,9 +94,10 @@ def recipes(net: Network) -> dict[str, Recipe]:
     paper = ah.published.paper(LEARNING_RATE, average_conv_kernel=convolutional)
     with_control = ah.published.zack_dugue(LEARNING_RATE, control_variate=True)
     factor = ah.gauss_newton(LOSS)
-    turning = {"stacked": net.stacked, "turn_interval": 10}
+    turning: dict[str, Any] = {"stacked": net.stacked, "turn_interval": 10}
     soap = ah.soap(LEARNING_RATE, **turning)
-    newton = partial(every, 20, net, outputs=True, cycle=10)
+    cycle = turning["turn_interval"]
+    newton = partial(every, 20, net, outputs=True, cycle=cycle)
     return {
         "optax.adam": Recipe(adam, (with_objective(net, adam),)),
         "every step": every(1, net, plain),
@@ -113,7 +114,7 @@ def recipes(net: Network) -> dict[str, Recipe]:
         "Gauss-Newton, every 10": every(
             10, net, adahessian(10, estimator=factor), outputs=True
         ),
-        "soap": Recipe(soap, (with_objective(net, soap),), cycle=10),
+        "soap": Recipe(soap, (with_objective(net, soap),), cycle=cycle),
         "newton": newton(ah.newton(LEARNING_RATE, LOSS, **turning)),
         "newton, own rate": newton(ah.newton(None, LOSS, **turning)),
         "optax sophia": sophia(1),

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks of cost and accuracy: their arithmetic, and committed tables."""
 
+import json
 import pathlib
 import shutil
+import sys
 from functools import partial
 
 import jax
@@ -16,7 +18,9 @@ from benchmarks.accuracy import measure
 from benchmarks.accuracy import report as accuracy_report
 from benchmarks.accuracy.networks import Net, Run, digits
 from benchmarks.ahead_of_time import report as ahead_of_time_report
+from benchmarks.cost import __main__ as cost
 from benchmarks.cost import report as cost_report
+from benchmarks.cost import timing
 from benchmarks.cost.contenders import prepare, recipes
 from benchmarks.models import Mlp
 
@@ -53,6 +57,26 @@ def test_every_step_is_described_and_can_be_timed():
     for contender in contenders:
         contender.time()
     assert contenders[0].costs["flops"] < contenders[1].costs["flops"]
+    branching = {c.name for c in contenders if c.costs["flops"] is None}
+    expected = {"soap", "newton", "newton, own rate", "davda54, every 10, cond"}
+    assert branching == expected | {"optax sophia", "optax sophia, every 10"}
+    turning = (c for c in contenders if c.name in ("soap", "newton"))
+    assert all(p.cycle == 10 for c in turning for p in c._programs)
+
+
+def test_a_step_measured_again_leaves_the_baseline_of_the_others(tmp_path, monkeypatch):
+    """Their ratios are to that of their own run."""
+    monkeypatch.setattr(timing, "default_platform", lambda: "none to pin")
+    first, second = {"optax.adam": 2.0, "soap": 3.0}, {"optax.adam": 9.0, "paper": 4.0}
+    for ms, only in ((first, []), (second, ["--only", "paper"])):
+        rows = {k: {"ms": x, "ratio": x / 2, "rounds": 9} for k, x in ms.items()}
+        tables = {"steps": lambda _, rows=rows: iter([("MLP", rows)])}
+        monkeypatch.setattr(cost, "TABLES", tables)
+        monkeypatch.setattr(sys, "argv", ["cost", "--out", str(tmp_path), *only])
+        cost.main()
+    saved = json.loads((tmp_path / "step_cost.json").read_text("utf-8"))
+    got = {k: row["ms"] for k, row in saved["steps"]["cases"]["MLP"].items()}
+    assert got == {"optax.adam": 2.0, "soap": 3.0, "paper": 4.0}
 
 
 def test_exact_diagonals():

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from adahessian_jax.demo.image_files import DataError
 from benchmarks.training import protocol, report
 from benchmarks.training.__main__ import main
 from benchmarks.training.contenders import (
@@ -19,7 +20,7 @@ from benchmarks.training.contenders import (
     sophia,
 )
 from benchmarks.training.published import PUBLISHED_TASKS
-from benchmarks.training.tasks import quadratic
+from benchmarks.training.tasks import all_images, quadratic
 
 RESULTS = report.RESULTS
 
@@ -191,6 +192,13 @@ def test_published_task_trains(name):
     with jax.enable_x64(task.x64):
         run = protocol.make_train(task, ALL["soap"])(3e-3, 0, 40)
     assert run.validation[-1] < run.validation[0]
+
+
+def test_images_of_a_directory(tmp_path, monkeypatch):
+    """One that is named and lacks them is not passed over for others."""
+    monkeypatch.setenv("ADAHESSIAN_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="has no file train-images"):
+        all_images()
 
 
 def test_loss_and_error_of_a_network_that_is_constant():

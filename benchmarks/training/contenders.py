@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizers that are compared, each with all settings fixed but the learning rate.
 
-They have the task's weight decay, L-BFGS and ``newton`` at its own rate less or none,
-and one schedule: linear warm-up over the first 5 % of the steps, then a cosine to zero.
+They have the task's weight decay, L-BFGS and ``newton`` at its own rate less or none.
+They have one schedule, a linear warm-up over the first 5 % of the steps, then a cosine
+to zero; L-BFGS and ``newton`` with its own momentum have none.
 """
 
 from collections.abc import Callable
