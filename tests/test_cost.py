@@ -179,8 +179,12 @@ def test_probes_are_one_draw_of_packed_words():
         "row": jnp.zeros(2000),
         "last": jnp.zeros((2, 9, 100)),
         "column": jnp.zeros((1025, 2)),
+        "outputs": jnp.zeros((4, 64, 33)),
+        "vocabulary": jnp.zeros((2, 8256)),
     }
     jaxpr = str(jax.make_jaxpr(ah.rademacher_like)(jax.random.key(0), tree))
     assert jaxpr.count("random_bits[") == 1
-    # A word for each entry of the short one, or for 32 along an axis.
-    assert f"u32[{15 + 63 + 2 * 9 * 4 + 33 * 2}]" in jaxpr
+    # A word for each entry of the short one, or for 32 along an axis; for 8 where each
+    # of eight devices then has whole words of a vocabulary.
+    packed = [63, 2 * 9 * 4, 33 * 2, 4 * 2 * 33, 2 * 8256 // 8]
+    assert f"u32[{15 + sum(packed)}]" in jaxpr

@@ -260,8 +260,10 @@ def test_seeds_decide_and_steps_differ(make):
 def test_probes_of_any_tree_are_independent_with_unit_variance(short, monkeypatch):
     """Also between leaves of equal shape, and for sizes that are no multiple of 32."""
     monkeypatch.setattr(probes, "_SHORT", short)  # others share words
+    monkeypatch.setattr(probes, "_LONG", 64)  # and those only 8 signs of one
     tree = {"a": jnp.zeros(35), "b": jnp.zeros((5, 7)), "c": jnp.zeros(())}
     tree |= {"column": jnp.zeros((40, 2)), "row": jnp.zeros((1, 35))}
+    tree |= {"long": jnp.zeros((1, 64)), "rows": jnp.zeros((1, 32, 2))}
     tree |= {"half": jnp.zeros((2, 2), jnp.bfloat16), "n": jnp.ones(3, jnp.int32)}
     n = 4000
     for draw, excess in ((ah.rademacher_like, 0), (normal_like, 2)):

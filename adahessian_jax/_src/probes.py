@@ -3,11 +3,10 @@
 
 import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
@@ -17,6 +16,9 @@ from adahessian_jax._src.xla import part
 
 _WORD = 32
 _SHORT = 1024  # entries of a tensor whose signs are not packed
+# An axis that is as long as a vocabulary is often cut among devices: eight then have
+# whole words. Else XLA for TPU writes out each bit as a word, 400 MB for GPT-2's logits.
+_LONG = 8192
 
 
 def rademacher_like(key: Array, tree: optax.Params) -> optax.Params:
@@ -51,7 +53,7 @@ def rademacher_like(key: Array, tree: optax.Params) -> optax.Params:
     leaves, treedef = jax.tree.flatten(tree)
     shapes = [jnp.shape(x) if is_differentiable(x) else (0,) for x in leaves]
     packings = [_packing(shape) for shape in shapes]
-    ends = list(itertools.accumulate(math.prod(words) for words, _ in packings))
+    ends = list(itertools.accumulate(math.prod(p.shape) for p in packings))
     drawn = jax.random.bits(key, (ends[-1] if ends else 0,), jnp.uint32)
     signs = []
     for leaf, shape, packing, end in zip(leaves, shapes, packings, ends, strict=True):
@@ -63,27 +65,41 @@ def rademacher_like(key: Array, tree: optax.Params) -> optax.Params:
     return jax.tree.unflatten(treedef, signs)
 
 
-def _packing(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int | None]:
-    """Return the shape of a tensor's words, and along which axis they are packed."""
-    size = math.prod(shape)
-    if size <= _SHORT:
-        return shape, None
-    # Usually the last axis: devices most often hold whole rows.
-    axis = len(shape) - 1 if shape[-1] > 4 else int(np.argmax(shape))
-    words = -(-shape[axis] // _WORD)
-    return (*shape[:axis], words, *shape[axis + 1 :]), axis
+class _Packing(NamedTuple):
+    """How random words become the signs of a tensor.
+
+    Attributes:
+      shape: that of the words.
+      axis: along which axis words are unpacked, None where each is a sign.
+      signs: how many signs a word has.
+    """
+
+    shape: tuple[int, ...]
+    axis: int | None
+    signs: int
 
 
-def _bits(
-    drawn: Array, end: int, packing: tuple[Any, int | None], shape: tuple[int, ...]
-) -> Array:
+def _packing(shape: tuple[int, ...]) -> _Packing:
+    if math.prod(shape) <= _SHORT:
+        return _Packing(shape, None, 1)
+    words = [-(-n // _WORD) for n in shape]
+    axis = len(shape) - 1  # devices most often hold whole rows
+    if words[axis] * _WORD > 1.25 * shape[axis]:  # few signs are drawn in vain
+        axis = min(reversed(range(len(shape))), key=lambda a: words[a] / shape[a])
+    n, signs = shape[axis], _WORD
+    if n >= _LONG:
+        signs = next((s for s in (32, 16, 8) if n % (8 * s) == 0), _WORD)
+    return _Packing((*shape[:axis], -(-n // signs), *shape[axis + 1 :]), axis, signs)
+
+
+def _bits(drawn: Array, end: int, packing: _Packing, shape: tuple[int, ...]) -> Array:
     """Return random booleans for a tensor whose words end as given."""
-    packed, axis = packing
+    packed, axis, signs = packing
     size = math.prod(packed)
     words = part(drawn, end - size, size).reshape(packed)
     if axis is None:
         return (words >> (_WORD - 1)) != 0
-    masks = jnp.uint32(1) << jnp.arange(_WORD, dtype=jnp.uint32)
+    masks = jnp.uint32(1) << jnp.arange(signs, dtype=jnp.uint32)
     masks = masks.reshape(-1, *[1] * (len(shape) - axis - 1))
     bits = (jnp.expand_dims(words, axis + 1) & masks) != 0
     bits = bits.reshape(*shape[:axis], -1, *shape[axis + 1 :])
