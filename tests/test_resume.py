@@ -19,6 +19,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import adahessian_jax as ah
+from adahessian_jax.transforms.soap import scale_by_soap
 from tests.problems import at_once
 from tests.test_devices import (
     LOSS,
@@ -160,9 +161,13 @@ def test_states_of_something_else_are_refused():
     tx, kept = ah.scale_by_adahessian(), ah.published.davda54(update_each=2)
     state, other = tx.init(PARAMS), tx.init({**PARAMS, "b": jnp.ones(3)})
     own_rate, every_2 = ah.newton(None, LOSS), ah.adahessian(0.1, update_interval=2)
+    soap, model = scale_by_soap(), ah.scale_by_quadratic_model(LOSS)
+    dicts = [x.init(PARAMS)._asdict() for x in (soap, model)]
     shape = r"must have the shape of the parameter, \(32,\), got \(3,\)"
     for refuses, wrong, error, says in (
         (tx, state._asdict(), TypeError, "state must be a ScaleByAdaHessianState"),
+        (soap, dicts[0], TypeError, "state must be a ScaleBySoapState, got a dict"),
+        (model, dicts[1], TypeError, "state must be a ScaleByQuadraticModelState"),
         (tx, state._replace(curvature={}), TypeError, "state must be a CurvatureState"),
         (tx, tx.init({"w": jnp.ones(2)}), ValueError, "state.mu must have the same"),
         (tx, other, ValueError, rf"state.mu\['b'\] {shape}"),
@@ -171,7 +176,8 @@ def test_states_of_something_else_are_refused():
         (kept, every_2.init(PARAMS), ValueError, "another update_each"),
     ):
         with pytest.raises(error, match=says):
-            refuses.update(PARAMS, wrong, PARAMS, obj_fn=len)
+            with_extra = optax.with_extra_args_support(refuses)
+            with_extra.update(PARAMS, wrong, PARAMS, obj_fn=len)
 
 
 def table_of_the_docs():

@@ -157,6 +157,15 @@ def check_params(params: Any) -> None:
         )
 
 
+def check_state_type(state: Any, kind: type) -> None:
+    """Raise TypeError if a state is of another type: one restored may be a dict."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be a {kind.__name__}, got a {type(state).__name__}. Restore"
+            " checkpoints into the structure of tx.init(params)."
+        )
+
+
 def check_real(name: str, tree: Any) -> None:
     """Raise TypeError if a leaf is complex or no number at all, naming its path."""
     for path, leaf in tree_leaves_with_path(tree):

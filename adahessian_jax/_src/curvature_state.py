@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from adahessian_jax._src.checks import raise_if
+from adahessian_jax._src.checks import check_state_type, raise_if
 from adahessian_jax._src.estimator import Curvature, form
 
 Node = TypeVar("Node")
@@ -83,11 +83,7 @@ def no_curvature(name: str, got: str) -> str:
 
 def check_state(state: Any, initial: CurvatureState, fingerprint: Array) -> None:
     """Raise unless a state is like an initial one: one restored may not be."""
-    if not isinstance(state, CurvatureState):
-        raise TypeError(
-            f"state must be a CurvatureState, got a {type(state).__name__}. Restore"
-            " checkpoints into the structure of tx.init(params)."
-        )
+    check_state_type(state, CurvatureState)
     for field, argument in _CONFIGURED_BY.items():
         got, expected = (form(getattr(s, field)) for s in (state, initial))
         if got != expected:

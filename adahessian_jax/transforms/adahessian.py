@@ -16,6 +16,7 @@ from adahessian_jax._src.checks import (
     check_float_dtype,
     check_like,
     check_params,
+    check_state_type,
 )
 from adahessian_jax._src.curvature_average import CurvatureAverage
 from adahessian_jax._src.curvature_state import CurvatureState, nan_if_unfit
@@ -153,12 +154,7 @@ def divide_by(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByAdaHessianState]:
         check_params(params)
-        if not isinstance(state, ScaleByAdaHessianState):
-            raise TypeError(
-                "state must be a ScaleByAdaHessianState, got a"
-                f" {type(state).__name__}. Restore checkpoints into the structure of"
-                " tx.init(params)."
-            )
+        check_state_type(state, ScaleByAdaHessianState)
         check_like("state.mu", state.mu, params)
         bases = find_bases(state.curvature)
         if any(bases) and extra_args.get("hessian_diag") is not None:

@@ -161,6 +161,7 @@ def scale_by_quadratic_model(
         **_: Any,
     ) -> tuple[optax.Updates, ScaleByQuadraticModelState]:
         checks.check_params(params)
+        checks.check_state_type(state, ScaleByQuadraticModelState)
         check_whole(params, axis_name, along="all")  # or slopes are those of parts
         if grad is None:
             raise ValueError(

@@ -104,6 +104,7 @@ def scale_by_soap(
         updates: Any, state: ScaleBySoapState, params: Any = None
     ) -> tuple[optax.Updates, ScaleBySoapState]:
         del params
+        checks.check_state_type(state, ScaleBySoapState)
         checks.check_like("updates", updates, state.mu)
         check_sharded_alike("state.mu", state.mu, updates)
         check_sharded_alike("state.nu", state.nu, updates)
