@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import adahessian_jax as ah
+from adahessian_jax._src.curvature_state import saturating_sum
 
 EMA = pytest.mark.parametrize("hessian_ema", ["rms", "mean"])
 SCHEDULES = [{}, {"update_interval": 3}, {"update_interval": 3, "initial_refreshes": 5}]
@@ -237,3 +238,24 @@ def test_a_hundred_thousand_updates(case, hessian_ema, x64):
     h = v ** (1 / order)
     tolerance = 2 * eps / (1 - b1) + 2 * eps / (1 - b2)
     np.testing.assert_allclose(updates[-1], m / h, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "shape", [(7,), (37, 5), (300, 7), (3, 3, 70, 4), (1, 0), (0, 4), ()], ids=str
+)
+@pytest.mark.parametrize(
+    "how", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"]
+)
+def test_entries_left_out_are_counted_in_any_shape(shape, how):
+    """All or none of them too: no block of a sum is longer than its dtype can hold."""
+    x = np.random.default_rng(0).normal(size=(3, *shape))
+    x[1], x[2] = np.nan, 0
+    x[0] = np.where(x[0] < 0, np.inf, x[0])
+
+    def counted(x):
+        usable = {"a": jnp.isfinite(x), "b": jnp.isfinite(jnp.zeros(3))}
+        return saturating_sum(jnp.int32(5), usable)
+
+    expected = 5 + np.sum(~np.isfinite(x), axis=tuple(range(1, x.ndim)))
+    got = how(counted)(x) if how is jax.vmap else list(map(how(counted), x))
+    np.testing.assert_array_equal(got, expected)

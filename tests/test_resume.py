@@ -175,8 +175,8 @@ def test_states_of_something_else_are_refused():
         (kept, ah.adahessian(0.1).init(PARAMS), ValueError, "another update_interval"),
         (kept, every_2.init(PARAMS), ValueError, "another update_each"),
     ):
+        with_extra = optax.with_extra_args_support(refuses)
         with pytest.raises(error, match=says):
-            with_extra = optax.with_extra_args_support(refuses)
             with_extra.update(PARAMS, wrong, PARAMS, obj_fn=len)
 
 

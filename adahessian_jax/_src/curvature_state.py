@@ -10,6 +10,7 @@ from jax import Array
 
 from adahessian_jax._src.checks import check_state_type, raise_if
 from adahessian_jax._src.estimator import Curvature, form
+from adahessian_jax._src.xla import count
 
 Node = TypeVar("Node")
 
@@ -153,8 +154,6 @@ def saturating_sum(total: Array, usable: optax.Updates) -> Array:
     """Add how many entries are not usable."""
     new, largest = jnp.zeros_like(total), jnp.iinfo(total.dtype).max
     for x in jax.tree.leaves(usable):
-        if x.size > largest:
-            new = new + jnp.sum(~x, dtype=total.dtype)
-        else:  # an operation less for each entry
-            new = new + (x.size - jnp.sum(x, dtype=total.dtype))
+        # Where both fit, the difference takes an operation less for each entry.
+        new = new + (count(~x) if x.size > largest else x.size - count(x))
     return jnp.where(new > largest - total, largest, total + new)

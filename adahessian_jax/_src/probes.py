@@ -17,7 +17,8 @@ from adahessian_jax._src.xla import part
 _WORD = 32
 _SHORT = 1024  # entries of a tensor whose signs are not packed
 # An axis that is as long as a vocabulary is often cut among devices: eight then have
-# whole words. Else XLA for TPU writes out each bit as a word, 400 MB for GPT-2's logits.
+# whole words. XLA for TPU else writes out a word for each sign: for the logits of GPT-2
+# small 412 MB on each of eight devices.
 _LONG = 8192
 
 

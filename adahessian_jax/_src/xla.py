@@ -4,6 +4,7 @@
 All were measured on XLA:CPU, JAX 0.4.36 to 0.12.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -132,6 +133,27 @@ def after(key: Array, done: optax.Updates, *, otherwise: Array) -> Array:
     # Never true, but the compiler cannot know.
     never = jnp.any(jnp.stack([x[(0,) * x.ndim] > jnp.inf for x in leaves]))
     return jnp.where(never, otherwise, key)
+
+
+def count(x: Array) -> Array:
+    """Return how many entries are true, as int32.
+
+    XLA:CPU would write the whole array out as int32 and read it twice, which takes 7 %
+    of an MLP's step in turned axes. Here a few bytes are added up, in blocks of rows.
+    """
+
+    def in_blocks(x: Array) -> Array:
+        n = math.prod(x.shape[:-1])
+        size = max(k for k in range(1, 33) if n % k == 0)
+        blocks = x.astype(jnp.uint8).reshape(n // size, size, x.shape[-1])
+        return whole(jnp.sum(blocks, axis=1, dtype=jnp.uint8))
+
+    def whole(x: Array) -> Array:
+        return jnp.sum(x, dtype=jnp.int32)
+
+    if x.ndim < 2 or x.size == 0 or not is_traced(x):
+        return whole(x)
+    return jax.lax.platform_dependent(x, cpu=in_blocks, default=whole)
 
 
 def mean_of_few(x: Array, axis: int) -> Array:
