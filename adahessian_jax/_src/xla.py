@@ -135,6 +135,9 @@ def after(key: Array, done: optax.Updates, *, otherwise: Array) -> Array:
     return jnp.where(never, otherwise, key)
 
 
+_MANY = 2**14  # entries from which it pays to count in blocks
+
+
 def count(x: Array) -> Array:
     """Return how many entries are true, as int32.
 
@@ -151,7 +154,7 @@ def count(x: Array) -> Array:
     def whole(x: Array) -> Array:
         return jnp.sum(x, dtype=jnp.int32)
 
-    if x.ndim < 2 or x.size == 0 or not is_traced(x):
+    if x.ndim < 2 or x.size < _MANY or not is_traced(x):
         return whole(x)
     return jax.lax.platform_dependent(x, cpu=in_blocks, default=whole)
 
