@@ -85,7 +85,7 @@ def _packing(shape: tuple[int, ...]) -> _Packing:
         return _Packing(shape, None, 1)
     words = [-(-n // _WORD) for n in shape]
     axis = len(shape) - 1  # devices most often hold whole rows
-    if words[axis] * _WORD > 1.25 * shape[axis]:  # few signs are drawn in vain
+    if words[axis] * _WORD > 1.25 * shape[axis]:  # too many would be drawn in vain
         axis = min(reversed(range(len(shape))), key=lambda a: words[a] / shape[a])
     n, signs = shape[axis], _WORD
     if n >= _LONG:
