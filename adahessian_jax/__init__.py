@@ -3,7 +3,6 @@
 
 from adahessian_jax import losses, published
 from adahessian_jax._src.masking import unmasked
-from adahessian_jax._src.probes import rademacher_like
 from adahessian_jax.curvature.diagnostics import diagnostics
 from adahessian_jax.curvature.eigenvalues import largest_eigenvalues
 from adahessian_jax.curvature.estimate import estimate_diagonal
@@ -18,6 +17,7 @@ from adahessian_jax.fused import value_and_grad_with_curvature
 from adahessian_jax.optimizers.adahessian import adahessian
 from adahessian_jax.optimizers.newton import newton
 from adahessian_jax.optimizers.soap import soap
+from adahessian_jax.optimizers.subspace_newton import subspace_newton
 from adahessian_jax.transforms.adahessian import scale_by_adahessian
 from adahessian_jax.transforms.averaging import block_average, conv_spatial_average
 from adahessian_jax.transforms.quadratic_model import scale_by_quadratic_model
@@ -42,11 +42,11 @@ __all__ = [
     "low_rank_control",
     "newton",
     "published",
-    "rademacher_like",
     "scale_by_adahessian",
     "scale_by_quadratic_model",
     "soap",
     "squared_gradient",
+    "subspace_newton",
     "unmasked",
     "value_and_grad_with_curvature",
 ]

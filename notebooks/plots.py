@@ -17,6 +17,7 @@ OPTIMIZERS = {
     "AdaHessian, Gauss-Newton": GREEN,
     "newton": PURPLE,
     "newton, own rate": SKY,
+    "subspace_newton": SKY,
 }
 ESTIMATORS = {
     "optax's Hutchinson": BLACK,

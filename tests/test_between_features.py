@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import adahessian_jax as ah
-from adahessian_jax._src.probes import normal_like
+from adahessian_jax._src.probes import normal_like, rademacher_like
 from adahessian_jax.linen import TrainState
 from adahessian_jax.nnx import functional
 from adahessian_jax.nnx import value_and_grad_with_curvature as nnx_value_and_grad
@@ -602,7 +602,7 @@ class Oracle:
         return [a.reshape(s) for a, s in leaves]
 
     def probe(self, key):
-        draw = ah.rademacher_like
+        draw = rademacher_like
         if self.case.estimator in ("normal", "ema_control"):
             draw = normal_like
         z = draw(key, [jnp.zeros(s, self.case.dtype) for s in self.shapes])
@@ -655,7 +655,7 @@ class Oracle:
 
         def factor(i, key):
             r = rows[i]
-            u = ah.rademacher_like(key, jnp.zeros((len(r), OUTPUTS)))
+            u = rademacher_like(key, jnp.zeros((len(r), OUTPUTS)))
             su = LOSSES[case.loss][2](outputs[r], np.asarray(u), labels[r])
             su = su * np.sqrt(weights[r] / divisor)[:, None]
             return np.einsum("rc,rcn->n", su, jacobians[r])[: self.n]
@@ -787,7 +787,7 @@ def test_low_rank_control_when_it_has_learned():
     known = LowRank(8)
     for diag, key in zip(*diags, strict=True):
         (subkey,) = jax.random.split(jax.random.split(key)[1], 1)
-        z = np.concatenate(list(ah.rademacher_like(subkey, params).values()))
+        z = np.concatenate(list(rademacher_like(subkey, params).values()))
         c = known.matrix()
         np.testing.assert_allclose(diag, z * ((h - c) @ z) + np.diag(c), atol=1e-8)
         known.move([z], [h @ z])

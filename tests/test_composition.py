@@ -18,6 +18,7 @@ import pytest
 from jax import export
 
 import adahessian_jax as ah
+from adahessian_jax._src.probes import rademacher_like
 from tests.problems import at_once
 
 
@@ -194,17 +195,24 @@ def test_groups_with_one_rate_of_their_own():
     assert loss_fn(params) < loss_fn(PARAMS)
 
 
-STATIC = {ah.adahessian: ["seed"], ah.newton: ["loss", "seed", "max_dim", "n_vectors"]}
+AXES = ["loss", "seed", "max_dim", "n_vectors"]
+STATIC = {
+    ah.adahessian: ["seed"],
+    ah.newton: AXES,
+    ah.subspace_newton: [*AXES, "memory"],
+}
 
 
 @pytest.mark.parametrize("make", STATIC)
 def test_inject_hyperparams(make):
     """All floats are traced, and one that is changed takes effect."""
+    fixed = {"learning_rate": 0.1, "loss": LOSS}
     more = {"hessian_power": 0.9} if make is ah.adahessian else {"clip_threshold": 0.3}
     floats = {"b1": 0.8, "b2": 0.95, "eps": 1e-4, "weight_decay": 0.1} | more
-    fixed = {"loss": LOSS} if make is ah.newton else {}
-    static = set(STATIC[make]) & inspect.signature(make).parameters.keys()
-    tx = optax.inject_hyperparams(make, static_args=static)(0.1, **fixed, **floats)
+    known = inspect.signature(make).parameters.keys()
+    fixed, floats = ({k: d[k] for k in d.keys() & known} for d in (fixed, floats))
+    static = set(STATIC[make]) & known
+    tx = optax.inject_hyperparams(make, static_args=static)(**fixed, **floats)
     history, state = train(tx, steps=2)
     assert set(floats) < set(state.hyperparams)
     step = jax.jit(make_step(tx, "function"))
@@ -339,7 +347,7 @@ def test_vmap_over_an_ensemble():
     step = make_step(adahessian(interval=3), "fused")
 
     def init(key):
-        params = jax.tree.map(lambda z: 0.1 * z, ah.rademacher_like(key, PARAMS))
+        params = jax.tree.map(lambda z: 0.1 * z, rademacher_like(key, PARAMS))
         tx = adahessian(interval=3, estimator=ah.hutchinson(seed=key))
         return params, tx.init(params)
 

@@ -11,6 +11,7 @@ import pytest
 from jax import export
 
 import adahessian_jax as ah
+from adahessian_jax._src.probes import rademacher_like
 from benchmarks.networks import NETWORKS, gpt2
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -182,7 +183,7 @@ def test_probes_are_one_draw_of_packed_words():
         "outputs": jnp.zeros((4, 64, 33)),
         "vocabulary": jnp.zeros((2, 8256)),
     }
-    jaxpr = str(jax.make_jaxpr(ah.rademacher_like)(jax.random.key(0), tree))
+    jaxpr = str(jax.make_jaxpr(rademacher_like)(jax.random.key(0), tree))
     assert jaxpr.count("random_bits[") == 1
     # A word for each entry of the short one, or for 32 along an axis; for 8 where each
     # of eight devices then has whole words of a vocabulary.

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import adahessian_jax as ah
 from adahessian_jax._src.axes import as_varying
+from adahessian_jax._src.probes import rademacher_like
 from tests.problems import at_once
 
 N = 8
@@ -86,9 +87,10 @@ def make_estimator(name, axis_name=None, loss=LOSS):
 
 
 def make_optimizer(name, axis_name=None, estimator=None, **options):
-    if name in ("newton", "momentum"):  # with its own learning rate
+    if name == "subspace":
+        return ah.subspace_newton(LOSS, update_interval=2, axis_name=axis_name)
+    if name == "newton":  # with its own learning rate
         options = {"update_interval": 2, "initial_refreshes": 1}
-        options |= {"b1": None} if name == "momentum" else {}
         return ah.newton(None, LOSS, axis_name=axis_name, **options)
     estimator = estimator or make_estimator(name, axis_name)
     options = {"update_interval": 2, "clip_threshold": 1.0} | options
@@ -99,7 +101,7 @@ def make_step(tx, name, path, axis_name=None):
     """Return a step for one device's part of the batch."""
     wants_outputs = name in (
         "newton",
-        "momentum",
+        "subspace",
         "gauss-newton-control",
         *ESTIMATORS[3:],
     )
@@ -152,7 +154,7 @@ def on_devices(step, mesh=None, **check):
     return jax.jit(shard_map(step, check_rep=False, **specs))
 
 
-@pytest.mark.parametrize("name", at_once([*OPTIMIZERS, "momentum"], ["gauss-newton"]))
+@pytest.mark.parametrize("name", at_once([*OPTIMIZERS, "subspace"], ["gauss-newton"]))
 def test_pmap_and_shard_map_are_the_same(name, x64):
     """With its account of what varies and without; replicas have the same bits."""
     tx = make_optimizer(name, "data")
@@ -250,14 +252,14 @@ def test_a_function_that_communicates(kind, check_vma, x64):
     def signs(i, like, inner):
         key = jax.random.split(jax.random.fold_in(subkey, i), 1)[0]
         key = jax.random.fold_in(key, 1) if inner else key
-        return ah.rademacher_like(key, like)
+        return rademacher_like(key, like)
 
     rows = 1 if loss.reduction == "sum" else y.size
     j = np.sqrt(2 / rows) * jax.jacobian(outputs)(w, x).reshape(-1, w.size)
     whole = jax.grad(lambda w: loss(outputs(w, x), y))
     hessian = jax.jacobian(whole)(w).reshape(w.size, w.size)
     subkey = jax.random.split(jax.random.PRNGKey(0))[1]
-    z = ah.rademacher_like(jax.random.split(subkey, 1)[0], w).ravel()
+    z = rademacher_like(jax.random.split(subkey, 1)[0], w).ravel()
     for name in ("hutchinson", "gauss-newton", "gauss-newton-control"):
         if rows == 1 and name == "gauss-newton-control":
             continue  # refused
@@ -625,7 +627,7 @@ def test_probes_are_the_same_anywhere_and_not_exchanged():
 
     @jax.jit
     def signs(key, tree):
-        probe = ah.rademacher_like(key, tree)
+        probe = rademacher_like(key, tree)
         return jax.tree.map(jnp.multiply, probe, tree)
 
     key, mesh = jax.random.key(3), mesh_of()

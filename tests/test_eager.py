@@ -227,6 +227,7 @@ def test_keys_of_another_kind_stay_as_they_are():
 
 NAMED = {
     "newton": lambda: ah.newton(None, SOFTMAX),
+    "subspace": lambda: ah.subspace_newton(SOFTMAX),
     "davda54": lambda: ah.published.davda54(update_each=2),
     "zack_dugue": lambda: ah.published.zack_dugue(),
 }

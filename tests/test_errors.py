@@ -29,7 +29,7 @@ OPTAX_ESTIMATOR = optax.contrib.hutchinson_estimator_diag_hessian()
 EMA = ah.hutchinson(control_variate=ah.ema_control())
 CONTROL = ah.hutchinson(control_variate=ah.gauss_newton_control(SQUARED))
 MODEL = ah.scale_by_quadratic_model(SOFTMAX)
-WITH_MOMENTUM = ah.scale_by_quadratic_model(SOFTMAX, momentum=True)
+REMEMBERING = ah.scale_by_quadratic_model(SOFTMAX, memory=1)
 F, Y, ONES = jnp.ones((4, 2)), jnp.zeros((4, 2)), jnp.ones(4)
 AVERAGE = ah.conv_spatial_average()
 CONV, FIVE = jnp.ones((3, 3, 2, 4)), jnp.ones((2, 3, 3, 2, 4))
@@ -195,11 +195,10 @@ VALUE_ERRORS = {
         lambda: fused(ada(ah.in_eigenbasis(ah.squared_gradient())), loss),
     "in_eigenbasis(...) inside of something else":
         lambda: ada(optax.chain(ah.in_eigenbasis(GN))).init(W),
-    "finds a momentum only with a rate": lambda: ah.newton(0.1, SQUARED, b1=None),
     "grad must be given: the slope": lambda: update(MODEL, predict_fn=predict),
     "network's outputs and got no predict_fn. Pass a": lambda: update(MODEL, grad=W),
-    "momentum must be that of the optimizer that made the state":
-        lambda: update(WITH_MOMENTUM, state=MODEL.init(W), grad=W, predict_fn=predict),
+    "memory must be that of the optimizer that made the state":
+        lambda: update(REMEMBERING, state=MODEL.init(W), grad=W, predict_fn=predict),
     "grad must have": lambda: update(MODEL, grad=NO_C, predict_fn=predict),
     "and got no predict_fn. Pass": lambda: fused(ah.newton(None, SQUARED), both),
     "learning_rate=0.1 and schedule are both rates":
@@ -322,14 +321,10 @@ WAYS_OUT = {
         lambda: ah.in_eigenbasis(GN, axes_from="factors").init(W),
     "pass in_eigenbasis(...) itself, and what":
         lambda: ada(ah.in_eigenbasis(optax.chain(OPTAX_ESTIMATOR))).init(W),
-    "Pass b1=0.85, or learning_rate=None.": lambda: [
-        ah.newton(0.1, SQUARED, b1=0.85).init(W),
-        ah.newton(None, SQUARED, b1=None).init(W),
-    ],
     "leave axes_from at 'gradients'":
         lambda: ah.in_eigenbasis(ah.squared_gradient()).init(W),
     "the state new by tx.init":
-        lambda: update(WITH_MOMENTUM, grad=W, predict_fn=predict),
+        lambda: update(REMEMBERING, grad=W, predict_fn=predict),
     "use jax.value_and_grad, and give tx.update":
         lambda: update(ada(ah.in_eigenbasis(ah.squared_gradient()))),
     "params, grad=grads, predict_fn=": lambda: (
@@ -415,14 +410,14 @@ NUMBERS = ["0.1", True, (0.1,)]
 # fmt: off
 WRONG = [  # names, TypeError, ValueError
     ("b1 b2 decay shampoo_beta", NUMBERS, [1.0, -0.1, np.nan]),
-    ("learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
+    ("damping learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
     ("clip_threshold fraction hessian_power max_learning_rate", NUMBERS, [0.0, -1.0]),
     ("chunk_size every k max_dim max_precond_dim max_products mc_iters microbatches"
      " n_samples precondition_frequency rank size turn_interval update_each"
      " update_interval", [2.0, True], [0]),
-    ("event_ndim initial_refreshes n_vectors", [2.0, False], [-1]),
+    ("event_ndim initial_refreshes memory n_vectors", [2.0, False], [-1]),
     ("axis", [1.0, None, True], []),
-    ("abs_first average_conv_kernel has_aux momentum nesterov precondition_1d progress"
+    ("abs_first average_conv_kernel has_aux nesterov precondition_1d progress"
      " turn_vectors unbiased"
      " unroll zack_dugue.control_variate", [1, "yes"], []),
     ("axes_from hessian_ema layout mode reduction", [], ["no such", ["rms"]]),
@@ -457,6 +452,7 @@ BARE = [ah.conv_spatial_average, ah.ema_control, ah.hutchinson, SQUARED.replace]
 BARE += [ah.published.soap]
 BARE += [ah.scale_by_adahessian, ah.published.paper, ah.published.zack_dugue]
 OF_LOSS = [ah.gauss_newton, ah.gauss_newton_control, ah.scale_by_quadratic_model]
+OF_LOSS += [ah.subspace_newton]
 # fmt: off
 RIGHT = {f: {} for f in BARE} | {f: {"loss": SQUARED} for f in OF_LOSS} | {
     ah.adahessian: {"learning_rate": 0.1},
@@ -470,7 +466,6 @@ RIGHT = {f: {} for f in BARE} | {f: {"loss": SQUARED} for f in OF_LOSS} | {
     ah.low_rank_control: {"rank": 2},
     ah.newton: {"learning_rate": 0.1, "loss": SQUARED},
     ah.soap: {"learning_rate": 0.1},
-    ah.rademacher_like: {"key": jax.random.key(0), "tree": W},
     ah.unmasked: {"fun": loss, "params": W},
     ah.value_and_grad_with_curvature: {"loss_fn": loss, "tx": HUTCHINSON},
     ah.published.davda54: {"average_conv_kernel": True},

@@ -21,7 +21,7 @@ from adahessian_jax._src.orthogonal import (
     orthogonal_from_columns,
     rotate_tree,
 )
-from adahessian_jax._src.probes import normal_like
+from adahessian_jax._src.probes import normal_like, rademacher_like
 from adahessian_jax._src.turning import carried
 from tests.problems import (
     all_signs,
@@ -266,7 +266,7 @@ def test_probes_of_any_tree_are_independent_with_unit_variance(short, monkeypatc
     tree |= {"long": jnp.zeros((1, 64)), "rows": jnp.zeros((1, 32, 2))}
     tree |= {"half": jnp.zeros((2, 2), jnp.bfloat16), "n": jnp.ones(3, jnp.int32)}
     n = 4000
-    for draw, excess in ((ah.rademacher_like, 0), (normal_like, 2)):
+    for draw, excess in ((rademacher_like, 0), (normal_like, 2)):
         keys = jax.random.split(jax.random.key(7), n)
         z = jax.jit(jax.vmap(lambda key, draw=draw: draw(key, tree)))(keys)
         forms = jax.tree.map(lambda a: (a.shape[1:], a.dtype), z)
@@ -674,7 +674,7 @@ def test_several_samples_in_bases_are_the_mean_of_single_ones():
     outputs, pullback = jax.vjp(args["predict_fn"], w)
     expected = []
     for key in keys:
-        signs = ah.rademacher_like(key, outputs) / outputs.size**0.5
+        signs = rademacher_like(key, outputs) / outputs.size**0.5
         (g,) = pullback(signs)
         expected.append(np.square(q[0].T @ g["w"] @ q[1]))
     np.testing.assert_allclose(got["w"], np.mean(expected, axis=0), rtol=1e-9)
@@ -793,7 +793,7 @@ def test_bases_stay_orthogonal():
     w = {"w": jnp.ones((5, 9)), "b": jnp.ones(4)}
 
     def turn(i, state):
-        noise = ah.rademacher_like(jax.random.key(i), w)
+        noise = rademacher_like(jax.random.key(i), w)
         grads = jax.tree.map(lambda z: z * jnp.arange(1.0, 1 + z.shape[-1]) ** 4, noise)
         return observed(estimator, grads, state)
 

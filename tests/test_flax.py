@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "control": ah.adahessian(0.05, estimator=CONTROL),
     "newton": ah.newton(0.05, LOSS, max_dim=4, n_vectors=2),
     "own-rate": ah.newton(None, LOSS),
+    "subspace": ah.subspace_newton(LOSS),
 }
 
 

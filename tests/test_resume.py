@@ -43,7 +43,7 @@ CASES = {
     "published": ah.published.davda54(update_each=4),
     "low-rank": make_optimizer("low-rank", hessian_ema="mean", hessian_power=0.5),
     "newton": make_optimizer("newton"),
-    "momentum": ah.newton(None, LOSS, b1=None),
+    "subspace": ah.subspace_newton(LOSS),
     "soap": ah.soap(0.1),
 }
 
@@ -59,7 +59,7 @@ def through_checkpoint(path, tree, like):
 def test_goes_on_bit_for_bit(name, tmp_path):
     """Cut after 6 of 11 steps, in the middle of a cycle of 4."""
     tx, params = CASES[name], PARAMS
-    path = "function" if name in ("momentum", "soap") else "fused"
+    path = "function" if name in ("subspace", "soap") else "fused"
     step = jax.jit(make_step(tx, name, path))
     halfway = train(step, params, tx.init(params), X, Y, 6)
     undisturbed = train(step, *halfway, X, Y, 5)

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import adahessian_jax as ah
+from adahessian_jax._src.probes import rademacher_like
 from docs import simple
 
 STEPS = 25  # estimates on the first ten and number 20, turns also on 19
@@ -52,7 +53,7 @@ def problem(shapes):
 def signs_like(key, tree):
     """Draw signs as estimators do; return also the key that they keep."""
     key, subkey = jax.random.split(key)
-    return key, ah.rademacher_like(jax.random.split(subkey, 1)[0], tree)
+    return key, rademacher_like(jax.random.split(subkey, 1)[0], tree)
 
 
 def largest_difference(a, b):
@@ -75,7 +76,7 @@ def test_adahessian(x64):
         return simple.cross_entropy(predict(p), labels)
 
     def probe(key, params):
-        return ah.rademacher_like(key, params)
+        return rademacher_like(key, params)
 
     tx = ah.adahessian(0.1, estimator=ah.hutchinson(probe=probe))
     step = library_step(tx, jax.grad(loss_fn), obj_fn=loss_fn)

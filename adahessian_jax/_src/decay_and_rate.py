@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The last two parts of an optimizer: weight decay and learning rate."""
+"""The last parts of an optimizer: weight decay and learning rate, and what it needs."""
 
 from typing import Any
 
@@ -39,6 +39,19 @@ def scale_by_rate(learning_rate: Any, name: str = "learning_rate") -> Any:
         return map_floats(lambda _, x: x, updates, scaled), state
 
     return optax.GradientTransformation(scale.init, update_fn)
+
+
+def with_gradient(
+    tx: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Hand the gradient that an optimizer is given to all of its parts, as ``grad``."""
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return tx.update(updates, state, params, **{"grad": updates, **extra_args})
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def decay_after_step(decay: Any, rate: Any) -> optax.GradientTransformation:

@@ -88,36 +88,59 @@ def linearize(
 
 
 def push_forward(
-    predict_fn: Any, params: Any, tangents: Floats, axis_name: AxisName
+    predict_fn: Any, params: Any, directions: list[Floats], axis_name: AxisName
 ) -> Any:
-    """Return a network's outputs, ``where``, and the tangents of the outputs."""
+    """Return a network's outputs, ``where``, and its Jacobian times each direction.
+
+    The products are stacked along a new first axis.
+    """
     predict = _explained(predict_fn, params)
     floats, rebuild = split_differentiable(params)
 
     def function(x: Floats) -> tuple[Array, Any]:
         return _outputs_and_where("predict_fn", predict(rebuild(x)))
 
-    largest: Any = 1
-    if any(wide(x).dtype != x.dtype for x in floats):
-        tangents, largest = normalized(tangents)
-    v = [t.astype(x.dtype) for x, t in zip(floats, tangents, strict=True)]
     # Where a step has a rule for its transposed Jacobian alone, the transpose of that:
     # inside ``jit`` a product can be evaluated, and fails when it is compiled.
-    if takes_step(function, floats, lambda step: "custom_vjp" in step.primitive.name):
-        outputs, pullback, where = jax.vjp(function, floats, has_aux=True)
-        try:
-            _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
-            (product,) = transposed(v)
-        except ValueError as error:
-            error.add_note(
-                "This is the product of the network's Jacobian with a step, for a"
-                " learning rate of its own: give one, which needs no such product."
-            )
-            raise
+    twice = takes_step(function, floats, lambda x: "custom_vjp" in x.primitive.name)
+
+    def pushed(direction: Floats) -> tuple[Array, Any, Array]:
+        largest: Any = 1
+        if any(wide(x).dtype != x.dtype for x in floats):
+            direction, largest = normalized(direction)
+        v = [t.astype(x.dtype) for x, t in zip(floats, direction, strict=True)]
+        if twice:
+            outputs, product, where = _transposed_twice(function, floats, v)
+        else:
+            outputs, product, where = jax.jvp(function, (floats,), (v,), has_aux=True)
+        return outputs, where, largest * wide(product)
+
+    if len(directions) == 1:
+        outputs, where, product = pushed(directions[0])
+        products = product[None]
     else:
-        outputs, product, where = jax.jvp(function, (floats,), (v,), has_aux=True)
+        together = [jnp.stack(x) for x in zip(*directions, strict=True)]
+        out_axes = None, None, 0
+        outputs, where, products = jax.vmap(pushed, out_axes=out_axes)(together)
     check_replicas(outputs, floats, axis_name)
-    return outputs, where, largest * wide(product)
+    return outputs, where, products
+
+
+def _transposed_twice(
+    function: Any, primal: Floats, tangent: Floats
+) -> tuple[Array, Array, Any]:
+    """Do as ``jax.jvp`` with auxiliary values, by reverse mode alone."""
+    outputs, pullback, where = jax.vjp(function, primal, has_aux=True)
+    try:
+        _, transposed = jax.vjp(lambda c: pullback(c)[0], jnp.zeros_like(outputs))
+        (product,) = transposed(tangent)
+    except ValueError as error:
+        error.add_note(
+            "This is the product of the network's Jacobian with a step, for a"
+            " learning rate of its own: give one, which needs no such product."
+        )
+        raise
+    return outputs, product, where
 
 
 def _explained(predict_fn: Any, params: Any) -> Callable[[Any], Any]:

@@ -195,7 +195,7 @@ def _gauss_newton(fun: Any, params: Any, loss: Loss, labels: Any) -> Product:
     here = loss.at(model.outputs, labels, model.where)
 
     def product(v: Floats) -> Floats:
-        tangents = push_forward(fun, params, v, None)[-1]
+        tangents = push_forward(fun, params, [v], None)[-1][0]
         image = model.pullback(here.times(here.seen(tangents)))
         return [x.astype(y.dtype) for x, y in zip(image, v, strict=True)]
 

@@ -9,7 +9,11 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from adahessian_jax._src.axes import AxisName
-from adahessian_jax._src.decay_and_rate import decoupled_weight_decay, scale_by_rate
+from adahessian_jax._src.decay_and_rate import (
+    decoupled_weight_decay,
+    scale_by_rate,
+    with_gradient,
+)
 from adahessian_jax._src.loss import Loss, check_loss
 from adahessian_jax._src.stacks import Stacked
 from adahessian_jax.estimators.eigenbasis import in_eigenbasis
@@ -22,7 +26,7 @@ def newton(
     learning_rate: optax.ScalarOrSchedule | None,
     loss: Loss,
     *,
-    b1: ArrayLike | None = 0.85,
+    b1: ArrayLike = 0.85,
     b2: ArrayLike = 0.9,
     eps: ArrayLike = 1e-8,
     clip_threshold: ArrayLike | None = 0.3,
@@ -54,18 +58,16 @@ def newton(
     where :math:`Q_t` turns each axis of a tensor, :math:`c` is ``clip_threshold``,
     :math:`\lambda` is ``weight_decay`` and :math:`\hat{m}_t, \hat{v}_t` are averages of
     gradient and curvature. With a rate of None it is found at each step, for two thirds
-    of a gradient more, by :func:`adahessian_jax.scale_by_quadratic_model`; with a
-    ``b1`` of None as well, the momentum, too: for the loss of all data at once, with
-    a ``clip_threshold`` of 0.1 and an ``update_interval`` of 1. Such a rate is for the
-    step of all parameters: have one such ``newton``, not one for each of several
-    groups, whose steps would go too far together.
+    of a gradient more, by :func:`adahessian_jax.scale_by_quadratic_model`. Such a rate
+    is for the step of all parameters: have one such ``newton``, not one for each of
+    several groups, whose steps would go too far together. For the loss of all data at
+    once there is :func:`subspace_newton`.
 
     Args:
       learning_rate: a number or a schedule; None for its own rate. Start at a tuned
         AdamW's, and search up to three times that, at most 0.1.
       loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
-      b1: decay rate of the average of the gradient, in [0, 1). None, with its own rate,
-        for its own momentum.
+      b1: decay rate of the average of the gradient, in [0, 1).
       b2: the same for the curvature: 0.9 averages 10 estimates, more are out of date.
       eps: added to the denominator, at least 0.
       clip_threshold: bound of an update's entries in the turned axes, above 0, before
@@ -97,8 +99,7 @@ def newton(
 
     Raises:
       ValueError: if an argument is out of range, or ``learning_rate`` is given with a
-        ``schedule`` or without ``b1``; at update, if ``params`` or ``predict_fn`` is
-        missing or unfit.
+        ``schedule``; at update, if ``params`` or ``predict_fn`` is missing or unfit.
       TypeError: if an argument is of the wrong type, or a parameter is complex.
 
     Examples:
@@ -133,18 +134,13 @@ def newton(
             " schedule as the learning rate, newton(schedule, loss), or"
             " learning_rate=None for its own rate times a schedule that peaks at 1."
         )
-    if b1 is None and learning_rate is not None:
-        raise ValueError(
-            f"b1=None and learning_rate={learning_rate!r}: the quadratic model finds a"
-            " momentum only with a rate. Pass b1=0.85, or learning_rate=None."
-        )
     axes: dict[str, Any] = {"decay": decay, "turn_interval": turn_interval}
     axes |= {"max_dim": max_dim, "n_vectors": n_vectors, "stacked": stacked}
     factor = gauss_newton(loss, seed=seed, axis_name=axis_name)
     estimator = in_eigenbasis(factor, **axes)
     parts = [
         scale_by_adahessian(
-            0.0 if b1 is None else b1,
+            b1,
             b2,
             eps,
             hessian_ema="mean",
@@ -152,7 +148,7 @@ def newton(
             update_interval=update_interval,
             initial_refreshes=initial_refreshes,
             clip_threshold=clip_threshold,
-            nesterov=b1 is not None,
+            nesterov=True,
             mu_dtype=mu_dtype,
             nu_dtype=nu_dtype,
         ),
@@ -160,14 +156,6 @@ def newton(
     ]
     if learning_rate is not None:
         return optax.chain(*parts, scale_by_rate(learning_rate))
-    both: dict[str, Any] = {"fraction": 1.0, "decay": 0.0, "momentum": True}
-    model = {"sign": 1, "axis_name": axis_name} | (both if b1 is None else {})
-    parts.append(scale_by_quadratic_model(loss, **model))
-    chain = optax.chain(*parts, scale_by_rate(1.0 if schedule is None else schedule))
-
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        return chain.update(updates, state, params, **{"grad": updates, **extra_args})
-
-    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+    parts.append(scale_by_quadratic_model(loss, sign=1, axis_name=axis_name))
+    rate = scale_by_rate(1.0 if schedule is None else schedule)
+    return with_gradient(optax.chain(*parts, rate))

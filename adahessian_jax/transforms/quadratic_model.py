@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.scipy as jsp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
@@ -21,7 +22,7 @@ from adahessian_jax._src.moving_average import as_dtype, ema
 
 
 class ScaleByQuadraticModelState(NamedTuple):
-    """State of the transformation by a quadratic model, of n = 1 or 2 directions.
+    """State of the transformation by a quadratic model of n directions.
 
     Attributes:
       slope: moving average of the loss's slopes along the directions, shape (n,).
@@ -29,14 +30,17 @@ class ScaleByQuadraticModelState(NamedTuple):
       learning_rate: by what the last updates were multiplied, shape ().
       sign: 1 for updates of the gradient's sign, -1 for those that were turned, 0 while
         that is not known, shape ().
-      previous: the last step before a later learning rate, None without momentum.
+      damping: what is added to the diagonal of a model with memory, relative to it,
+        shape ().
+      previous: the last steps before a later learning rate, the newest first.
     """
 
     slope: Array
     curvature: Array
     learning_rate: Array
     sign: Array
-    previous: optax.Updates | None
+    damping: Array
+    previous: tuple[optax.Updates, ...]
 
 
 def scale_by_quadratic_model(
@@ -44,7 +48,8 @@ def scale_by_quadratic_model(
     fraction: ArrayLike = 0.7,
     *,
     decay: ArrayLike = 0.9,
-    momentum: bool = False,
+    memory: int = 0,
+    damping: ArrayLike = 0.0,
     sign: int | None = None,
     max_learning_rate: ArrayLike | None = None,
     axis_name: AxisName = None,
@@ -70,22 +75,25 @@ def scale_by_quadratic_model(
     scale of the loss or of the incoming updates. A learning rate that follows in the
     chain is relative to this one: 1, or a schedule that peaks at 1.
 
-    With ``momentum`` the model is of two directions, the update and the last step
-    :math:`d`, and its minimum in both gives rate and momentum: on a quadratic function,
-    the steps of preconditioned conjugate gradients. This is for the loss of all data,
-    with ``fraction=1, decay=0`` and updates without a momentum of their own.
+    With a ``memory`` of k the model is of k + 2 directions, the update, the gradient
+    and the last k steps, and its minimum in all of them gives rate and momentum: on a
+    quadratic function, the steps of preconditioned conjugate gradients. This is for the
+    loss of all data, with ``fraction=1, decay=0`` and updates without a momentum of
+    their own. A ``damping`` keeps the first steps from going too far: so many times the
+    model's diagonal is added to it, and half as much from step to step.
 
     The curvature along a vector takes one product of the Jacobian with it, two thirds
     of the operations of a gradient that shares the forward pass, or a part of them by a
-    ``predict_fn`` of that part of the batch, and twice that with momentum; no matrix is
-    formed.
+    ``predict_fn`` of that part of the batch; no matrix is formed.
 
     Args:
       loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
       fraction: how far to go towards the minimum of the model, above 0. Beyond 2 the
         model says that the loss rises.
       decay: decay rate of both averages, in [0, 1).
-      momentum: whether to go along the last step, too.
+      memory: along how many last steps to go, too, at least 0, each a copy of the
+        parameters; if any, then along the gradient as well.
+      damping: of the first step with a memory, at least 0.
       sign: of the incoming updates, 1 for the gradient's, or -1 after
         ``optax.scale_by_learning_rate``, which turns it. With None the first slope that
         is not zero says which, for good: say it where weight decay in the updates may
@@ -129,26 +137,33 @@ def scale_by_quadratic_model(
       Approximate Curvature <https://arxiv.org/abs/1503.05671>`_, 2015, section 6.4;
       Roulet et al., `Stepping on the Edge: Curvature Aware Learning Rate Tuners
       <https://arxiv.org/abs/2407.06183>`_, 2024, whose averages these are, with the
-      Gauss-Newton matrix in place of the Hessian
+      Gauss-Newton matrix in place of the Hessian; Narkiss and Zibulevsky, Sequential
+      Subspace Optimization Method for Large-Scale Unconstrained Problems, 2005, whose
+      directions these are
     """
     check_loss(loss)
     checks.check_float("fraction", fraction, 0.0, exclusive=True)
     checks.check_float("decay", decay, 0.0, 1.0)
-    checks.check_flag("momentum", momentum)
+    checks.check_int("memory", memory, 0)
+    checks.check_float("damping", damping, 0.0)
     checks.check_choice("sign", sign, (None, 1, -1))
     if max_learning_rate is not None:
         checks.check_float("max_learning_rate", max_learning_rate, 0.0, exclusive=True)
     checks.check_axis_name(axis_name)
-    n = 2 if momentum else 1
+    n = memory + 2 if memory else 1
 
     def init_fn(params: optax.Params) -> ScaleByQuadraticModelState:
         checks.check_real("params", params)
         dtype = accumulation_dtype(*jax.tree.leaves(params))
         slope, curvature = jnp.zeros(n, dtype), jnp.zeros((n, n), dtype)
         # An array each: a buffer can be donated once.
-        rate, first_sign = (jnp.full((), x, dtype) for x in (0, sign or 0))
-        previous = jax.tree.map(jnp.zeros_like, params) if momentum else None
-        return ScaleByQuadraticModelState(slope, curvature, rate, first_sign, previous)
+        rate, first_sign, first_damping = (
+            jnp.full((), x, dtype) for x in (0, sign or 0, damping)
+        )
+        previous = tuple(jax.tree.map(jnp.zeros_like, params) for _ in range(memory))
+        return ScaleByQuadraticModelState(
+            slope, curvature, rate, first_sign, first_damping, previous
+        )
 
     def update_fn(
         updates: Any,
@@ -172,22 +187,23 @@ def scale_by_quadratic_model(
         checks.check_like("grad", grad, params)
         checks.check_like("updates", updates, params)
         grads, tangents = (split_differentiable(t, params)[0] for t in (grad, updates))
-        directions = [tangents]
         checks.require(
-            jnp.shape(state.slope) == (n,),
+            len(state.previous) == memory,
             ValueError,
-            "momentum",
+            "memory",
             "that of the optimizer that made the state, or the state new by tx.init",
-            momentum,
+            memory,
         )
-        if momentum:
-            checks.check_like("state.previous", state.previous, params)
-            directions.append(split_differentiable(state.previous, params)[0])
+        directions = [tangents, grads] if memory else [tangents]
+        for step in state.previous:
+            checks.check_like("state.previous", step, params)
+            directions.append(split_differentiable(step, params)[0])
         zero = jnp.zeros((), accumulation_dtype(*jax.tree.leaves(params)))
         slope = jnp.stack([_dot(grads, d, start=zero) for d in directions])
-        pushed = [push_forward(predict_fn, params, d, axis_name) for d in directions]
-        outputs, where, _ = pushed[0]
-        curvature = curvature_of(outputs, where, [x[-1] for x in pushed], labels)
+        outputs, where, products = push_forward(
+            predict_fn, params, directions, axis_name
+        )
+        curvature = curvature_of(outputs, where, products, labels)
         finite = jnp.all(jnp.isfinite(slope)) & jnp.all(jnp.isfinite(curvature))
         new, along = fitted(state, slope, curvature, finite)
 
@@ -197,20 +213,18 @@ def scale_by_quadratic_model(
 
         rebuild = split_differentiable(updates, params)[1]
         scaled: Any = rebuild(list(map(combined, *directions)))
-        if momentum:  # a step that is not finite would stay
+        if memory:  # a step that is not finite would stay
             previous = jax.tree.map(
                 lambda x, old: jnp.where(finite, jnp.asarray(x, old.dtype), old),
-                scaled,
+                (scaled, *state.previous[:-1]),
                 state.previous,
             )
             new = new._replace(previous=previous)
         return scaled, new
 
-    def curvature_of(
-        outputs: Array, where: Any, tangents: list[Array], labels: Any
-    ) -> Array:
+    def curvature_of(outputs: Array, where: Any, pushed: Array, labels: Any) -> Array:
         here = loss.at(outputs, labels, where, axis_name)
-        tangents = [here.seen(t) for t in tangents]
+        tangents = [here.seen(t) for t in pushed]
         products = [here.times(t) for t in tangents]
         entries = [[jnp.sum(t * p) for p in products] for t in tangents]
         return sum_over_axis(jnp.stack(list(map(jnp.stack, entries))), axis_name)
@@ -228,16 +242,15 @@ def scale_by_quadratic_model(
         sign = jnp.where(state.sign == 0, jnp.sign(slope[0]), state.sign)
         seen = curvature[0, 0] > 0
         ratio = jnp.maximum(sign * slope[0], 0) / jnp.where(seen, curvature[0, 0], 1)
-        along = [ratio, *[jnp.zeros_like(ratio)] * (n - 1)]
-        if momentum:
-            along = _minimum_of_two(sign * slope, curvature, along)
-        rates = [jnp.where(seen, as_dtype(fraction, dtype) * x, 0) for x in along]
+        along = jnp.zeros(n, dtype).at[0].set(ratio)
+        if memory:
+            along = _minimum(sign * slope, curvature, state.damping, along)
+        rates = jnp.where(seen, as_dtype(fraction, dtype) * along, 0)
         if max_learning_rate is not None:
-            rates[0] = jnp.minimum(rates[0], as_dtype(max_learning_rate, dtype))
-        state = state._replace(
-            slope=slope, curvature=curvature, learning_rate=rates[0], sign=sign
-        )
-        return state, jnp.stack(rates)
+            rates = rates.at[0].min(as_dtype(max_learning_rate, dtype))
+        damping = jnp.where(finite, 0.5, 1) * state.damping
+        new = slope, curvature, rates[0], sign, damping
+        return ScaleByQuadraticModelState(*new, state.previous), rates
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -253,19 +266,13 @@ def _dot(a: Floats, b: Floats, *, start: Array) -> Array:
     return sum((dot(wide(x), wide(y)) for x, y in pairs), start=start)
 
 
-def _minimum_of_two(slope: Array, curvature: Array, alone: list[Array]) -> list[Array]:
-    """Return where a quadratic model of two directions has its minimum.
-
-    It is that of the first alone where the second says nothing new.
-    """
-    tiny = float(jnp.finfo(curvature.dtype).eps) ** 0.5
-    a, b, c = (
-        curvature[0, 0] * (1 + tiny),
-        curvature[0, 1],
-        curvature[1, 1] * (1 + tiny),
-    )
-    determinant = a * c - b * b
-    both = (a > 0) & (c > 0) & (determinant > tiny * a * c)
-    divisor = jnp.where(both, determinant, 1)
-    pair = c * slope[0] - b * slope[1], a * slope[1] - b * slope[0]
-    return [jnp.where(both, x / divisor, y) for x, y in zip(pair, alone, strict=True)]
+def _minimum(slope: Array, curvature: Array, damping: Array, otherwise: Array) -> Array:
+    """Return where a quadratic model has its minimum, if it has one."""
+    seen = jnp.diag(curvature)
+    scale = jnp.sqrt(jnp.where(seen > 0, seen, 1))
+    least = float(jnp.finfo(slope.dtype).eps) ** 0.5  # some directions say nothing new
+    ridge = jnp.maximum(damping, least) * jnp.eye(len(slope), dtype=slope.dtype)
+    matrix = curvature / jnp.outer(scale, scale) + ridge
+    root = jsp.linalg.cho_factor(matrix, lower=True)
+    found = jsp.linalg.cho_solve(root, slope / scale) / scale
+    return jnp.where(jnp.all(jnp.isfinite(found)), found, otherwise)

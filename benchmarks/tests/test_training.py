@@ -135,7 +135,7 @@ def test_committed_table_is_that_of_the_committed_result(path):
 
 
 NEWTON, OWN_RATE = "newton", "newton, own rate"
-OURS = (NEWTON, "soap", OWN_RATE, "newton, own rate and momentum")
+OURS = (NEWTON, "soap", OWN_RATE, "subspace_newton")
 SOAPS = ("SOAP", "SOAP, 0.9 and 0.99")
 ORDER = ["cnn", "resnet8", "transformer", "autoencoder", "poisson", "burgers"]
 ORDER += ["diamonds"]

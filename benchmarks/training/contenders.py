@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The optimizers that are compared, each with all settings fixed but the learning rate.
 
-They have the task's weight decay, L-BFGS and ``newton`` at its own rate less or none.
+They have the task's weight decay; at rates of their own less or none.
 They have one schedule, a linear warm-up over the first 5 % of the steps, then a cosine
-to zero; L-BFGS and ``newton`` with its own momentum have none.
+to zero; L-BFGS and ``subspace_newton`` have none.
 """
 
 from collections.abc import Callable
@@ -127,8 +127,6 @@ def clipped(learning_rate: Any, task: Task, key: jax.Array) -> Any:
     )
 
 
-# What finds rate and momentum for the loss of all data.
-OF_ALL_DATA: dict[str, Any] = {"own_rate": True, "b1": None, "update_interval": 1}
 # When ``ah.newton`` estimates.
 SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 
@@ -136,27 +134,29 @@ SCHEDULE = {"update_interval": 20, "initial_refreshes": 10}
 def newton(*, own_rate: bool = False, **options: Any) -> Contender:
     """Return ``ah.newton`` as recommended, but for the options.
 
-    At its own rate its decay is AdamW's at a hundred times AdamW's rate; with its own
-    momentum, for the loss of all data, there is no schedule.
+    At its own rate its decay is AdamW's at a hundred times AdamW's rate.
     """
-    own_momentum = options.get("b1", 0.0) is None
 
     def make(learning_rate: WarmupCosine, task: Task, key: jax.Array) -> Any:
         rate, decay, more = learning_rate, task.weight_decay, options
         if own_rate:
             rate, decay = None, decay / 100
-            if not own_momentum:
-                more = options | {"schedule": learning_rate._replace(peak=1.0)}
+            more = options | {"schedule": learning_rate._replace(peak=1.0)}
         return ah.newton(rate, task.loss, weight_decay=decay, seed=key, **more)
 
     return Contender(
-        make,
-        1.0 if own_rate else 0.03,
-        "outputs",
-        own_rate=own_rate,
-        whole_batch=own_momentum,
-        **{k: options.get(k, default) for k, default in SCHEDULE.items()},
+        make, 1.0 if own_rate else 0.03, "outputs", own_rate=own_rate, **SCHEDULE
     )
+
+
+def subspace_newton(**options: Any) -> Contender:
+    """Return ``ah.subspace_newton``, which has its own rate and momentum."""
+
+    def make(learning_rate: Any, task: Task, key: jax.Array) -> Any:
+        decay = task.weight_decay / 100
+        return ah.subspace_newton(task.loss, weight_decay=decay, seed=key, **options)
+
+    return Contender(make, 1.0, "outputs", own_rate=True, whole_batch=True)
 
 
 def parts_of_newton(
@@ -207,17 +207,15 @@ CONTENDERS: dict[str, Contender] = {
     "Gauss-Newton, clipped": delayed(clipped, gauss_newton, 0.03),
     "newton": newton(),
     "newton, own rate": newton(own_rate=True),
-    "newton, own rate and momentum": newton(**OF_ALL_DATA, clip_threshold=0.1),
     "soap": plain(ah.soap),
+    "subspace_newton": subspace_newton(),
 }
 
 # What was tried on the way to what is recommended; only run if it is asked for.
 VARIANTS: dict[str, Contender] = {
     "Zack-Dugue, eps=0.01": Contender(zack_dugue(0.01), 0.3, "loss"),
     "Zack-Dugue, eps=0.01, delayed": delayed(zack_dugue(0.01), hutchinson("normal")),
-    "newton, own rate and momentum, damped": newton(
-        **OF_ALL_DATA, b2=0.95, eps=1e-4, clip_threshold=None
-    ),
+    "subspace_newton, undamped": subspace_newton(memory=5, damping=0.0),
     "newton, clip 0.1": newton(clip_threshold=0.1),
     "newton, clip 1": newton(clip_threshold=1.0),
     "newton, b1=0.9, no lookahead": parts_of_newton(b1=0.9, nesterov=False),
