@@ -209,6 +209,7 @@ CHANGED = {  # by what, beside an update_interval of 2
     }
     | {"axis_name": "data", "stacked": lambda path, x: x.ndim - 1}
     | {"schedule": optax.constant_schedule(0.5)},
+    ah.subspace_newton: {"memory": 2, "damping": 0.5},
 }
 CHANGES = [(make, *x) for make, change in CHANGED.items() for x in change.items()]
 # Of each verdict some.
@@ -229,8 +230,10 @@ def test_what_may_change_between_runs(change):
     """A free argument acts as if it had been there before, at the first update."""
     make, name, value = change
     first = {"learning_rate": 0.1, "update_interval": 2}
-    if make is ah.newton:
+    if make is not ah.adahessian:
         first |= {"loss": LOSS, "max_dim": 16}
+    if make is ah.subspace_newton:
+        del first["learning_rate"]
     if name == "schedule":
         first |= {"learning_rate": None, "schedule": optax.constant_schedule(1.0)}
     value = jax.tree.map(lambda x: True, PARAMS) if value == {} else value

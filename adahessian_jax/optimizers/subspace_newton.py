@@ -33,7 +33,7 @@ def subspace_newton(
     update_interval: int | Array = 1,
     weight_decay: ArrayLike = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    decay: ArrayLike = 0.9,
+    decay: ArrayLike = 0.95,
     turn_interval: int | Array = 5,
     max_dim: int = 64,
     n_vectors: int = 8,
