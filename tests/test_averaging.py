@@ -71,6 +71,14 @@ def test_block_average(axis, abs_first):
     np.testing.assert_allclose(result, np.concatenate(means, axis=axis), rtol=1e-5)
 
 
+def test_a_rule_of_your_own_may_drop_axes():
+    params, rule = {"w": jnp.ones((2, 3))}, lambda path, leaf: leaf.mean()
+    tx = ah.scale_by_adahessian(eps=0.0, averaging=rule)
+    diag = {"w": jnp.arange(6.0).reshape(2, 3)}
+    updates, _ = tx.update(params, tx.init(params), params, hessian_diag=diag)
+    np.testing.assert_allclose(updates["w"], np.full((2, 3), 0.4), rtol=1e-5)
+
+
 def test_optimizer_stores_and_uses_the_average():
     """The curvature of each kernel is one number per channel pair."""
     params = {"conv": jnp.ones((3, 3, 2, 4)), "dense": jnp.ones((2, 3))}

@@ -136,6 +136,7 @@ def test_bytes_of_state_per_parameter_are_those_of_the_docs():
         (ah.newton(1, LOSS, **axes), ah.newton(1, LOSS, **axes, **half)),
         (ah.newton(1, LOSS, **complete), ah.newton(1, LOSS, **complete, **half)),
         (ah.soap(1, **axes), ah.soap(1, **axes, **half)),
+        (ah.subspace_newton(LOSS, **axes), None),
         (published.paper(1, average_conv_kernel=False), None),
         (published.davda54(1, update_each=10), None),
         (published.zack_dugue(1), None),

@@ -58,9 +58,8 @@ def subspace_newton(
     :math:`\hat{v}_t` the average of its diagonal in the axes :math:`Q_t`, that turn
     with the gradients (:func:`adahessian_jax.in_eigenbasis`), :math:`c` is
     ``clip_threshold``, :math:`\lambda` is ``weight_decay``, and :math:`d_{t-1}` to
-    :math:`d_{t-k}` are the last steps, ``memory`` of them. So many times as
-    ``damping`` says, the diagonal of the first model is added to it, and half as much
-    from step to step.
+    :math:`d_{t-k}` are the last steps, ``memory`` of them. To the first
+    model its diagonal is added, times ``damping``, and half as much from step to step.
 
     A step costs three to four of Adam's. It is for all parameters: have one such
     optimizer, not one for each of several groups, whose steps would go too far
@@ -77,7 +76,7 @@ def subspace_newton(
       clip_threshold: bound of the entries of Newton's step in the turned axes, above 0.
       update_interval: estimate on every so many-th update, at least 1.
       weight_decay: decoupled weight decay, at least 0: a hundredth of AdamW's, or none.
-        Where it outweighs the gradient, no step would lower the loss, and none is made.
+        It turns Newton's direction; the steps are still those that lower the loss most.
       weight_decay_mask: which parameters decay, as in ``optax.adamw``.
       decay: and so on: of the axes, see :func:`adahessian_jax.in_eigenbasis`.
       turn_interval: how often they turn.
