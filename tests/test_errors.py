@@ -411,7 +411,7 @@ NUMBERS = ["0.1", True, (0.1,)]
 WRONG = [  # names, TypeError, ValueError
     ("b1 b2 decay shampoo_beta", NUMBERS, [1.0, -0.1, np.nan]),
     ("damping learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
-    ("clip_threshold fraction hessian_power max_learning_rate", NUMBERS, [0.0, -1.0]),
+    ("clip_threshold fraction hessian_power", NUMBERS, [0.0, -1.0]),
     ("chunk_size every k max_dim max_precond_dim max_products mc_iters microbatches"
      " n_samples precondition_frequency rank size turn_interval update_each"
      " update_interval", [2.0, True], [0]),

@@ -51,7 +51,6 @@ def scale_by_quadratic_model(
     memory: int = 0,
     damping: ArrayLike = 0.0,
     sign: int | None = None,
-    max_learning_rate: ArrayLike | None = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Choose the learning rate by the loss's curvature along the updates.
@@ -67,13 +66,12 @@ def scale_by_quadratic_model(
       \begin{align*}
         s_t &\leftarrow \beta s_{t-1} + (1 - \beta) \, g_t^\top u_t \\
         c_t &\leftarrow \beta c_{t-1} + (1 - \beta) \, u_t^\top G_t u_t \\
-        u_t &\leftarrow u_t \min(\phi \max(s_t, 0) / c_t, \alpha_{\max})
+        u_t &\leftarrow u_t \, \phi \max(s_t, 0) / c_t
       \end{align*}
 
-    where :math:`\phi` is ``fraction``, :math:`\beta` is ``decay`` and
-    :math:`\alpha_{\max}` is ``max_learning_rate``. The result does not depend on the
-    scale of the loss or of the incoming updates. A learning rate that follows in the
-    chain is relative to this one: 1, or a schedule that peaks at 1.
+    where :math:`\phi` is ``fraction`` and :math:`\beta` is ``decay``. The result does
+    not depend on the scale of the loss or of the incoming updates. A learning rate that
+    follows in the chain is relative to this one: 1, or a schedule that peaks at 1.
 
     With a ``memory`` of k the model is of k + 2 directions, the update, the gradient
     and the last k steps, and its minimum in all of them gives rate and momentum: on a
@@ -98,7 +96,6 @@ def scale_by_quadratic_model(
         ``optax.scale_by_learning_rate``, which turns it. With None the first slope that
         is not zero says which, for good: say it where weight decay in the updates may
         then outweigh the gradient.
-      max_learning_rate: above 0, or None for no maximum but the model's.
       axis_name: name of a ``jax.pmap`` or ``jax.shard_map`` axis over which the batch
         is split. ``grad`` and the updates must be those of the whole batch already.
 
@@ -147,8 +144,6 @@ def scale_by_quadratic_model(
     checks.check_int("memory", memory, 0)
     checks.check_float("damping", damping, 0.0)
     checks.check_choice("sign", sign, (None, 1, -1))
-    if max_learning_rate is not None:
-        checks.check_float("max_learning_rate", max_learning_rate, 0.0, exclusive=True)
     checks.check_axis_name(axis_name)
     n = memory + 2 if memory else 1
 
@@ -246,8 +241,6 @@ def scale_by_quadratic_model(
         if memory:
             along = _minimum(sign * slope, curvature, state.damping, along)
         rates = jnp.where(seen, as_dtype(fraction, dtype) * along, 0)
-        if max_learning_rate is not None:
-            rates = rates.at[0].min(as_dtype(max_learning_rate, dtype))
         damping = jnp.where(finite, 0.5, 1) * state.damping
         new = slope, curvature, rates[0], sign, damping
         return ScaleByQuadraticModelState(*new, state.previous), rates
