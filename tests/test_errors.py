@@ -13,7 +13,6 @@ import pytest
 from jax.experimental import checkify
 
 import adahessian_jax as ah
-from adahessian_jax._src.probes import normal_like
 
 W = {"w": jnp.ones(3), "b": {"c": jnp.ones(2)}}
 NO_C = {"w": W["w"]}
@@ -432,7 +431,6 @@ WRONG = [  # names, TypeError, ValueError
     ("batches", [3], []),
     ("mu_dtype nu_dtype", [int, "float33", complex], []),
     ("seed", ["0", 1.5, True, W], []),
-    ("key", [0, "0", jnp.zeros(2)], []),
     ("axis_name", [3, ("batch", 0)], []),
     ("probe", [3, None], ["uniform"]),
     ("weight_decay_mask", [3, ("w", "b")], []),
@@ -472,7 +470,6 @@ RIGHT = {f: {} for f in BARE} | {f: {"loss": SQUARED} for f in OF_LOSS} | {
     ah.losses.of_row: {"loss": jnp.sum},
     ah.losses.of_element: {"loss": jnp.square},
     SQUARED.check: {"loss_fn": lambda f: SQUARED(f, Y), "outputs": F},
-    normal_like: {"key": jax.random.key(0), "tree": W},
 }
 # fmt: on
 

@@ -128,11 +128,6 @@ def check_seed(seed: Any) -> None:
     require(ok, TypeError, "seed", rule, seed)
 
 
-def check_key(key: Any) -> None:
-    """Raise TypeError unless ``key`` is one PRNG key, typed or raw."""
-    require(_is_key(key), TypeError, "key", _A_KEY, key)
-
-
 _A_KEY = "one PRNG key, from jax.random.key(0) for example"
 
 
