@@ -42,9 +42,13 @@ def check_estimate(found, exact):
     assert np.abs(error).max() < 4.5
     assert abs(found.trace - exact.sum()) < 4 * found.trace_standard_error
     np.testing.assert_allclose(found.trace, flat(found.mean).sum(), rtol=1e-6)
-    relative = np.linalg.norm(flat(found.standard_error)) / np.linalg.norm(exact)
+    noise, mean = (np.sum(flat(x) ** 2) for x in (found.standard_error, found.mean))
+    relative = np.sqrt(noise / np.sum(exact**2))
     # The norms of the mean and of the exact diagonal differ by at most their distance.
     np.testing.assert_allclose(found.relative_error, relative, rtol=2 * relative)
+    # On average the square of the mean is that of the diagonal and that of the noise.
+    squared = found.relative_error**2
+    np.testing.assert_allclose(squared, noise / (mean - noise), rtol=1e-4)
 
 
 @pytest.mark.parametrize("reduction", at_once(["mean", "sum"], ["mean"]))
