@@ -406,15 +406,19 @@ def test_a_rule_that_averages_nothing_warns():
 
 # What arguments must not be, by the error; some names are of one function only.
 NUMBERS = ["0.1", True, (0.1,)]
+FROM_ZERO = "event_ndim initial_refreshes memory n_vectors"
+FROM_ONE = (
+    "chunk_size every k max_dim max_precond_dim max_products mc_iters microbatches"
+    " n_samples precondition_frequency rank size turn_interval update_each"
+    " update_interval"
+)
 # fmt: off
 WRONG = [  # names, TypeError, ValueError
     ("b1 b2 decay shampoo_beta", NUMBERS, [1.0, -0.1, np.nan]),
     ("damping learning_rate lr eps weight_decay wd rtol", NUMBERS, [-1e-3, np.inf]),
     ("clip_threshold fraction hessian_power", NUMBERS, [0.0, -1.0]),
-    ("chunk_size every k max_dim max_precond_dim max_products mc_iters microbatches"
-     " n_samples precondition_frequency rank size turn_interval update_each"
-     " update_interval", [2.0, True], [0]),
-    ("event_ndim initial_refreshes memory n_vectors", [2.0, False], [-1]),
+    (FROM_ONE, [2.0, True], [0]),
+    (FROM_ZERO, [2.0, False], [-1]),
     ("axis", [1.0, None, True], []),
     ("abs_first average_conv_kernel has_aux nesterov precondition_1d progress"
      " turn_vectors unbiased"
@@ -487,6 +491,13 @@ def wrong_arguments():
                 name = f"{function.__name__}-{argument.name}-{shown}"
                 call = {**right, argument.name: value}
                 yield pytest.param(function, call, argument.name, error, id=name)
+
+
+def test_the_least_number_is_allowed():
+    least = dict.fromkeys(FROM_ZERO.split(), 0) | dict.fromkeys(FROM_ONE.split(), 1)
+    for function, right in RIGHT.items():
+        for name in inspect.signature(function).parameters.keys() & least.keys():
+            function(**{**right, name: least[name]})
 
 
 def test_wrong_arguments_cover_all_public_functions():
