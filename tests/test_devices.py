@@ -327,6 +327,7 @@ MESHES = [("Auto", "function"), ("Explicit", "fused"), ("Explicit", PARTS)]
 BOTH = [(i, name, j) for i, name in enumerate(OPTIMIZERS) for j in range(2)]
 MESH_CASES = [(name, *MESHES[(i + j) % 3], j == 1) for i, name, j in BOTH]
 MESH_CASES += [("newton", *MESHES[1], True)]
+MESH_CASES += [("subspace", *MESHES[j], j == 1) for j in range(2)]
 FIRST_CASES = [c for c in MESH_CASES if c[1:] == ("Explicit", "fused", True)]
 
 

@@ -476,10 +476,10 @@ def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign, memory):
     for t in range(5):
         g = jax.tree.map(lambda x: RNG.normal(size=x.shape), W)
         u = jax.tree.map(lambda x: sign * (x + RNG.normal(size=x.shape) / 2), g)
-        d = np.stack([flat(u), flat(g), *steps][:n])
         if t == 2:  # left out
             u = jax.tree.map(lambda x: x * np.nan, u)
-        else:
+        d = np.stack([flat(u), flat(g), *steps][:n])
+        if t != 2:
             s = 0.8 * s + 0.2 * sign * d @ flat(g)
             c = 0.8 * c + 0.2 * d @ ggn @ d.T
         got, state = update(g, u, state)
@@ -489,9 +489,17 @@ def test_quadratic_model_is_that_of_the_dense_matrix(loss, sign, memory):
         along[seen] = 0.6 * np.linalg.solve((c + ridge)[np.ix_(seen, seen)], s[seen])
         np.testing.assert_allclose(state.learning_rate, along[0], rtol=1e-6)
         assert (state.sign, np.sign(state.slope[0])) == (sign, sign)
-        if t != 2:  # its updates are no step
-            np.testing.assert_allclose(flat(got), along @ d, rtol=1e-6, atol=1e-8)
-            steps = [flat(got), steps[0]]
+        np.testing.assert_allclose(flat(got), along @ d, rtol=1e-6, atol=1e-8)
+        steps = steps if t == 2 else [flat(got), steps[0]]
+
+
+def test_where_a_model_has_no_minimum_the_step_is_along_the_update():
+    """As where a loss of your own is not convex along the gradient."""
+    loss = losses.of_row(lambda f: f[0] ** 2 - f[1] ** 2)
+    tx, w = ah.scale_by_quadratic_model(loss, 1.0, decay=0.0, memory=1), jnp.ones(2)
+    g, u, args = jnp.array([2.0, -2.0]), jnp.array([1.0, 0.0]), {"predict_fn": jnp.diag}
+    updates, _ = tx.update(u, tx.init(w), w, grad=g, **args)
+    np.testing.assert_allclose(updates, 2 * u, rtol=1e-6)  # a mean of 2 rows
 
 
 @pytest.mark.usefixtures("x64")

@@ -61,7 +61,7 @@ def subspace_newton(
     :math:`d_{t-k}` are the last steps, ``memory`` of them. To the first
     model its diagonal is added, times ``damping``, and half as much from step to step.
 
-    A step costs three to four of Adam's. It is for all parameters: have one such
+    A step costs three to five of Adam's. It is for all parameters: have one such
     optimizer, not one for each of several groups, whose steps would go too far
     together.
 
@@ -69,8 +69,8 @@ def subspace_newton(
       loss: what the network is trained with, from :mod:`adahessian_jax.losses`.
       memory: how many last steps are in the model, at least 0, each a copy of the
         parameters.
-      damping: of the first step, at least 0. Without it deep networks may take steps at
-        the start that they do not recover from.
+      damping: of the first step, at least 0. It keeps the first steps from going too
+        far.
       b2: decay rate of the average of the curvature, in [0, 1).
       eps: added to the denominator, at least 0.
       clip_threshold: bound of the entries of Newton's step in the turned axes, above 0.
